@@ -1,0 +1,263 @@
+"""What a model adapter is: a description of one vision-language model, and the registry."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from neuronlens.errors import AdapterError, NeuronLensError, UnknownNameError
+from neuronlens.hooks import refuse_compiled
+from neuronlens.neurons import Module, NeuronId, NeuronSite
+from neuronlens.show import Html, table
+from neuronlens.tokens import TokenMap
+
+SiteSelection = str | NeuronSite | Iterable[str | NeuronSite] | None
+"""A module, a site's name, a site, several of these, or None for every site."""
+
+ImageSize = tuple[int, int]
+"""Width and height in pixels."""
+
+
+class ModelAdapter(ABC):
+    """Where a model's neurons are, and what each of its tokens is and sees.
+
+    The model stays the untouched Hugging Face object. A family is described by a subclass
+    that finds the sites and maps the tokens; everything else is shared.
+
+    Attributes:
+        model: The Hugging Face model.
+        processor: Its processor; None if `adapt` was given none.
+        sites: Every feed-forward site, by name, in the order in which they run.
+        neuron_kind: What is read as a neuron's activation.
+    """
+
+    neuron_kind: ClassVar[str] = "act_fn"
+    max_tokens: int | None = None
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model = model
+        self.processor = processor
+        self.check_model()
+        if processor is not None:
+            self.check_processor()
+        self.sites: Mapping[str, NeuronSite] = {site.name: site for site in self.find_sites()}
+        if not self.sites:
+            raise AdapterError(
+                f"{type(model).__name__} has no feed-forward block that {type(self).__name__} "
+                "recognises. Is this the adapter of another family?"
+            )
+
+    # What a family says of itself.
+
+    @abstractmethod
+    def find_sites(self) -> Iterable[NeuronSite]:
+        """Every feed-forward site that runs for an image and a text."""
+
+    @abstractmethod
+    def tokens(
+        self,
+        inputs: Mapping[str, Any],
+        originals: Sequence[Sequence[ImageSize]] | None = None,
+    ) -> dict[str, TokenMap]:
+        """The token map of every stream for these model inputs.
+
+        Args:
+            inputs: Keyword arguments of a forward from the start of the sequence.
+            originals: Per sample, the size of each image before processing. With it,
+                boxes are in original pixels; without, in processed pixels.
+
+        Raises:
+            AdapterError: If the inputs cannot be those of this model.
+        """
+
+    def check_model(self) -> None:  # noqa: B027 - a family may have nothing to check
+        """Raise `AdapterError` for a model the family's description does not hold for."""
+
+    def check_processor(self) -> None:  # noqa: B027
+        """Raise `AdapterError` for a processor made for another model."""
+
+    # What everything else uses.
+
+    def neuron(
+        self, layer: int, index: int, module: Module = "language", expert: int | None = None
+    ) -> NeuronId:
+        """A neuron the way papers name it: layer and index, in the language model by default.
+
+        Raises:
+            UnknownNameError: If there is no such layer or neuron.
+        """
+        return self.site(f"{module}.{layer}").neuron(index, expert)
+
+    def site(self, name: str) -> NeuronSite:
+        """The site of that name.
+
+        Raises:
+            UnknownNameError: If there is none; lists near names.
+        """
+        if name not in self.sites:
+            raise UnknownNameError("site", name, self.sites)
+        return self.sites[name]
+
+    def select(self, chosen: SiteSelection = None) -> list[NeuronSite]:
+        """Sites by module, by name or as they are; all of them for None.
+
+        Raises:
+            UnknownNameError: If a name is neither a site nor a module of this model.
+        """
+        if chosen is None:
+            return list(self.sites.values())
+        wanted = [chosen] if isinstance(chosen, (str, NeuronSite)) else list(chosen)
+        found: dict[str, NeuronSite] = {}
+        for each in wanted:
+            if isinstance(each, str) and each in get_args(Module):
+                sites = [site for site in self.sites.values() if site.module == each]
+                if not sites:
+                    present = sorted({site.module for site in self.sites.values()})
+                    raise UnknownNameError("module in this model", each, present)
+            else:
+                sites = [self.site(each if isinstance(each, str) else each.name)]
+            found |= {site.name: site for site in sites}
+        return [site for name, site in self.sites.items() if name in found]
+
+    def act_module(self, site: NeuronSite) -> nn.Module:
+        """The module whose output holds the site's activations."""
+        return self.model.get_submodule(site.path)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type the model computes in."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def model_type(self) -> str:
+        """The name under which the model's family is registered."""
+        return str(self.model.config.model_type)  # type: ignore[union-attr]
+
+    @property
+    def name(self) -> str:
+        """What the model was loaded from, or its class."""
+        return str(getattr(self.model.config, "name_or_path", "") or type(self.model).__name__)
+
+    def fingerprint(self) -> str:
+        """A digest of the weights: 64 values of every parameter, their shapes and names.
+
+        Products of one model carry it, so that they are not read beside another.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().flatten()
+            step = max(1, len(flat) // 64)
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(flat[::step][:64].to("cpu", torch.float32).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def require_eval(self) -> None:
+        """Refuse a model whose dropout would change what is measured.
+
+        Raises:
+            AdapterError: If the model is in training mode and has dropout.
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+                raise AdapterError(
+                    f"The model is in training mode and drops out at {name!r}, so its activations "
+                    "are random. Call model.eval() first."
+                )
+
+    def _repr_html_(self) -> Html:
+        rows = []
+        for module in dict.fromkeys(site.module for site in self.sites.values()):
+            sites = self.select(module)
+            widths = sorted({site.width for site in sites})
+            rows.append([
+                module,
+                str(len(sites)),
+                ", ".join(f"{width:,}" for width in widths),
+                f"{sum(site.neurons for site in sites):,}",
+                ", ".join(site.name for site in sites if site.inert) or "-",
+            ])
+        title = f"{type(self).__name__} of {self.name} ({self.model_type}, {self.neuron_kind} outputs)"
+        return table(["module", "sites", "width", "neurons", "inert sites"], rows, title)
+
+
+Family = TypeVar("Family", bound=type[ModelAdapter])
+_registry: dict[str, type[ModelAdapter]] = {}
+
+
+def register(*model_types: str) -> Callable[[Family], Family]:
+    """Make a `ModelAdapter` the one for models with these `config.model_type`s."""
+
+    def add(family: Family) -> Family:
+        _registry.update(dict.fromkeys(model_types, family))
+        return family
+
+    return add
+
+
+def get(model_type: str) -> type[ModelAdapter]:
+    """The adapter registered for a model type, here or by an installed package.
+
+    Packages add theirs under the entry point group `neuronlens.adapters`.
+
+    Raises:
+        UnknownNameError: If there is none.
+    """
+    if model_type not in _registry:
+        for entry in entry_points(group="neuronlens.adapters", name=model_type):
+            _registry[model_type] = entry.load()
+    if model_type not in _registry:
+        raise UnknownNameError(
+            "model adapter for model type", model_type, sorted(_registry),
+            "To add one: subclass ModelAdapter and register it, see docs/adapters.md.",
+        )
+    return _registry[model_type]
+
+
+def adapt(model: nn.Module, processor: Any = None) -> ModelAdapter:
+    """Describe a Hugging Face vision-language model so that neuronlens can read it.
+
+    Nothing of the model is changed, and no forward is run; a model on the meta device
+    will do.
+
+    Args:
+        model: The model, not compiled.
+        processor: Its processor, as `AutoProcessor` loads it. Needed to encode samples.
+
+    Raises:
+        AdapterError: If `model` is no Hugging Face model, or the processor is another
+            model's.
+        UnknownNameError: If no adapter is registered for its `config.model_type`.
+        CaptureError: If the model is compiled.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"adapt() needs a model object, not {type(model).__name__}. Load it first, for example "
+            "with AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    refuse_compiled(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not model_type:
+        raise AdapterError(
+            f"{type(model).__name__} has no config.model_type, so it is not a Hugging Face model. "
+            "Pass the model itself, not a wrapper around it."
+        )
+    return get(model_type)(model, processor)
+
+
+def one_image_size(pixels: Tensor) -> ImageSize:
+    """Width and height of a batch of processed images `[image, channel, height, width]`."""
+    return int(pixels.shape[-1]), int(pixels.shape[-2])
+
+
+__all__ = ["ImageSize", "ModelAdapter", "NeuronLensError", "SiteSelection", "adapt", "get", "register"]

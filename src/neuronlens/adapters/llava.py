@@ -1,0 +1,206 @@
+"""LLaVA 1.5 and its like: a CLIP-like tower, an MLP projector, one token per patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from neuronlens.adapters.base import ImageSize, ModelAdapter, one_image_size, register
+from neuronlens.adapters.discover import feed_forward_blocks
+from neuronlens.adapters.geometry import resized_and_cropped
+from neuronlens.errors import AdapterError
+from neuronlens.neurons import Module, NeuronSite
+from neuronlens.tokens import Role, TokenMap
+
+_PARTS: tuple[tuple[Module, str], ...] = (
+    ("vision", "vision_tower"),
+    ("projector", "multi_modal_projector"),
+    ("language", "language_model"),
+)
+
+
+@register("llava")
+class LlavaAdapter(ModelAdapter):
+    """Streams: `vision` [image, CLS + patch], `projector` [image, patch], `language`."""
+
+    def check_model(self) -> None:
+        config = self.model.config
+        self._image_token = int(config.image_token_id)
+        self._vision = config.vision_config
+        self._strategy = getattr(config, "vision_feature_select_strategy", "default")
+        self.max_tokens = getattr(config.text_config, "max_position_embeddings", None)
+
+    def check_processor(self) -> None:
+        """Compare what processor and model must agree on: the image token, sizes, words."""
+        processor, config = self.processor, self.model.config
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None or getattr(processor, "image_processor", None) is None:
+            raise AdapterError(
+                f"{type(processor).__name__} is not a processor of images and text. "
+                "Load it with AutoProcessor.from_pretrained(...)."
+            )
+        words = self.model.get_input_embeddings().num_embeddings
+        side = self._vision.image_size
+        crop = getattr(processor.image_processor, "crop_size", None)
+        differences = {
+            "image token id": (getattr(processor, "image_token_id", None), self._image_token),
+            "patch size": (getattr(processor, "patch_size", None), self._vision.patch_size),
+            "image size": (
+                (crop.height, crop.width) if crop else (side, side), (side, side)
+            ),
+            "feature selection": (
+                getattr(processor, "vision_feature_select_strategy", None), self._strategy
+            ),
+        }
+        said = [
+            f"{what} {theirs!r} (the model's is {ours!r})"
+            for what, (theirs, ours) in differences.items()
+            if theirs != ours
+        ]
+        if len(tokenizer) > words:
+            said.append(f"{len(tokenizer)} tokens (the model embeds {words})")
+        if said:
+            raise AdapterError(
+                f"{type(processor).__name__} belongs to another model: {'; '.join(said)}. "
+                f"Load the processor of {self.name!r}."
+            )
+
+    def find_sites(self) -> Iterator[NeuronSite]:
+        layers = self._vision.num_hidden_layers
+        chosen = self.model.config.vision_feature_layer
+        # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
+        read = [k if k >= 0 else layers + 1 + k for k in ([chosen] if isinstance(chosen, int) else chosen)]
+        for module, name in _PARTS:
+            path = next(p for p, _ in self.model.named_modules() if p.split(".")[-1] == name)
+            for block in feed_forward_blocks(self.model.get_submodule(path), path):
+                layer = block.layer or 0
+                inert = module == "vision" and layer >= max(read)
+                yield NeuronSite(
+                    name=f"{module}.{layer}",
+                    module=module,
+                    layer=layer,
+                    width=block.width,
+                    path=block.path,
+                    stream=module,
+                    flags=frozenset({"inert"} if inert else ()),
+                )
+
+    def tokens(
+        self,
+        inputs: Mapping[str, Any],
+        originals: Sequence[Sequence[ImageSize]] | None = None,
+    ) -> dict[str, TokenMap]:
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise AdapterError(
+                "Token roles need input_ids; the model was called with "
+                f"{', '.join(sorted(k for k, v in inputs.items() if v is not None)) or 'nothing'}. "
+                "Call it with input_ids, not inputs_embeds."
+            )
+        pixels = inputs.get("pixel_values")
+        ids = ids.cpu()
+        visual = ids == self._image_token
+        role = self._text_roles(ids, inputs.get("attention_mask"))
+        role[visual] = Role.VISUAL
+        sample = torch.arange(len(ids))[:, None].expand_as(ids).contiguous()
+        image = torch.full_like(ids, -1)
+        box = torch.full((*ids.shape, 4), float("nan"))
+        streams = {"language": TokenMap(role, sample, image, box)}
+        if pixels is None:
+            if visual.any():
+                raise AdapterError(
+                    f"input_ids hold {int(visual.sum())} image tokens, but there are no "
+                    "pixel_values. Pass the processor's whole output to the model."
+                )
+            return streams
+
+        cells = self._cells(one_image_size(pixels))
+        per_image = len(cells) + (self._strategy == "full")
+        counts = visual.sum(1)
+        if int(counts.sum()) != per_image * len(pixels) or (counts % per_image).any():
+            raise AdapterError(
+                f"{len(pixels)} images of {per_image} tokens each were given, but the rows of "
+                f"input_ids hold {counts.tolist()} image tokens. Does each prompt have one "
+                f"image token per image?"
+            )
+        owner = torch.repeat_interleave(torch.arange(len(ids)), counts // per_image)
+        number = torch.cat([torch.arange(int(n)) for n in counts // per_image])
+        boxes = torch.stack([
+            self._place(cells, one_image_size(pixels), int(who), int(which), originals)
+            for who, which in zip(owner, number, strict=True)
+        ])
+        with_cls = torch.cat([torch.full_like(boxes[:, :1], float("nan")), boxes], 1)
+        seen = boxes if self._strategy != "full" else with_cls
+        box[visual] = seen.flatten(0, 1)
+        image[visual] = number.repeat_interleave(per_image)
+        # With the CLS token passed on ("full"), its placeholder sees no single region.
+        cls = torch.zeros(len(pixels), per_image, dtype=torch.bool)
+        cls[:, 0] = self._strategy == "full"
+        role[visual] = torch.where(cls.flatten(), int(Role.SPECIAL), int(Role.VISUAL)).to(role.dtype)
+        streams["vision"] = _image_rows(with_cls, owner, number, first_is_cls=True)
+        streams["projector"] = _image_rows(seen, owner, number, first_is_cls=self._strategy == "full")
+        return streams
+
+    def _text_roles(self, ids: Int[Tensor, "batch token"], attention: Any) -> Int[Tensor, "batch token"]:
+        role = torch.full_like(ids, int(Role.PROMPT), dtype=torch.int8)
+        special: set[int] = set()
+        for config in (self.model.config, self.model.config.text_config):
+            for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                value = getattr(config, kind, None)
+                special |= set(value if isinstance(value, list) else [value])
+        if self.processor is not None:
+            special |= set(self.processor.tokenizer.all_special_ids)
+            special -= {self.processor.tokenizer.unk_token_id}
+        known = torch.tensor(sorted(special - {None, self._image_token}))
+        role[torch.isin(ids, known)] = Role.SPECIAL
+        if isinstance(attention, Tensor):
+            role[attention[:, -ids.shape[1] :].cpu() == 0] = Role.PAD
+        return role
+
+    def _cells(self, processed: ImageSize) -> Float[Tensor, "patch 4"]:
+        patch = self._vision.patch_size
+        width, height = processed
+        rows, columns = torch.meshgrid(
+            torch.arange(height // patch), torch.arange(width // patch), indexing="ij"
+        )
+        corner = torch.stack([columns, rows], -1).flatten(0, 1) * patch
+        return torch.cat([corner, corner + patch], -1).float()
+
+    def _place(
+        self,
+        cells: Float[Tensor, "patch 4"],
+        processed: ImageSize,
+        sample: int,
+        image: int,
+        originals: Sequence[Sequence[ImageSize]] | None,
+    ) -> Float[Tensor, "patch 4"]:
+        if originals is None:
+            return cells
+        given = originals[sample]
+        if image >= len(given):
+            raise AdapterError(
+                f"Row {sample} has image tokens for image {image + 1}, but sizes of {len(given)} "
+                "original images were given."
+            )
+        return resized_and_cropped(
+            self.processor.image_processor, given[image], processed
+        ).to_original(cells)
+
+
+def _image_rows(
+    boxes: Float[Tensor, "image token 4"],
+    owner: Int[Tensor, " image"],
+    number: Int[Tensor, " image"],
+    first_is_cls: bool,
+) -> TokenMap:
+    """A stream with one row per image."""
+    role = torch.full(boxes.shape[:2], int(Role.VISUAL), dtype=torch.int8)
+    image = number[:, None].expand(boxes.shape[:2]).clone()
+    if first_is_cls:
+        role[:, 0] = Role.SPECIAL
+        image[:, 0] = -1
+    return TokenMap(role, owner[:, None].expand(boxes.shape[:2]).contiguous(), image, boxes)
