@@ -90,17 +90,44 @@ class _Run:
     """One sequence: a forward from its start, and the steps that continue it."""
 
     def __init__(self, inputs: Mapping[str, Any], ids: Int[Tensor, "batch token"]) -> None:
-        self.inputs = dict(inputs)
+        self.inputs = {k: v for k, v in inputs.items() if k != "past_key_values"}
         self.ids = ids
+        self.attended = _attended(inputs.get("attention_mask"), ids, 0)
         self.prompt_length = ids.shape[1]
         self.kept: dict[str, list[Tensor]] = {}
 
-    def go_on(self, ids: Int[Tensor, "batch token"], attention: Any) -> None:
-        if ids.shape[1] > 1 and self.prompt_length == self.ids.shape[1]:
+    def go_on(self, inputs: Mapping[str, Any], ids: Int[Tensor, "batch token"]) -> None:
+        done = self.ids.shape[1]
+        if ids.shape[1] > 1 and self.prompt_length == done:
             self.prompt_length += ids.shape[1]  # a prompt that is fed in chunks
+        more = _attended(inputs.get("attention_mask"), ids, done)
+        self.attended = torch.cat([self.attended, more], 1)
         self.ids = torch.cat([self.ids, ids], 1)
-        if attention is not None:
-            self.inputs["attention_mask"] = attention
+
+    def prompt(self) -> dict[str, Any]:
+        """The inputs of one forward over the prompt, without what was generated."""
+        return self.inputs | {
+            "input_ids": self.ids[:, : self.prompt_length],
+            "attention_mask": self.attended[:, : self.prompt_length],
+        }
+
+
+def _attended(
+    mask: Any, ids: Int[Tensor, "batch token"], done: int
+) -> Int[Tensor, "batch token"]:
+    """1 where a token is attended to, 0 where it is padding.
+
+    A static cache comes with one mask per query, boolean or additive: padding is what no
+    query sees.
+    """
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()))
+    if not isinstance(mask, Tensor):
+        return torch.ones_like(ids)
+    if mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > -1
+        mask = seen.any(1).any(1)
+    return mask[:, done : done + ids.shape[1]].to(ids.dtype)
 
 
 class ActivationRecorder:
@@ -146,10 +173,12 @@ class ActivationRecorder:
         self._runs: list[_Run] = []
         self._skip = 0
         self._open = False
+        self._early: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> ActivationRecorder:
         self._runs.clear()
+        self._early.clear()
         modules = {name: self.adapter.act_module(site) for name, site in self.sites.items()}
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
@@ -242,8 +271,9 @@ class ActivationRecorder:
             self._skip = done = run.ids.shape[1]  # generation without a cache
             ids = ids[:, done:]
         if done == 0:
-            kept = {k: v for k, v in inputs.items() if k not in ("past_key_values", "input_ids")}
-            self._runs.append(_Run(kept, ids))
+            self._runs.append(_Run(inputs, ids))
+            self._runs[-1].kept |= {name: [out] for name, out in self._early.items()}
+            self._early.clear()
         elif run is None or run.ids.shape[1] != done:
             have = 0 if run is None else run.ids.shape[1]
             self._open = False
@@ -252,18 +282,23 @@ class ActivationRecorder:
                 "recorder before generation; assisted decoding, which goes back, is not supported."
             )
         else:
-            run.go_on(ids, inputs.get("attention_mask"))
+            run.go_on(inputs, ids)
 
     def _end(self) -> None:
         self._open = False
 
     def _keep(self, name: str, out: Tensor) -> None:
+        site = self.sites[name]
         if not self._open:
-            raise CaptureError(
-                f"Site {name} ran outside a call of the recorded model. Call the model itself, not "
-                "a part of it: the recorder needs its inputs to know the tokens."
-            )
-        run, site = self._runs[-1], self.sites[name]
+            if site.stream == "language":
+                raise CaptureError(
+                    f"Site {name} ran outside a call of the recorded model. Call the model itself, "
+                    "not a part of it: the recorder needs its inputs to know the tokens."
+                )
+            # generate() encodes the images before it first calls the model.
+            self._early[name] = self._copy(out)
+            return
+        run = self._runs[-1]
         parts = run.kept.setdefault(name, [])
         if site.stream != "language":
             if not parts:
@@ -279,19 +314,42 @@ class ActivationRecorder:
         return out.detach().to(self._device or out.device, copy=True)
 
     def _tokens(self, run: _Run) -> dict[str, TokenMap]:
-        maps = self.adapter.tokens(run.inputs | {"input_ids": run.ids})
-        language = maps["language"]
-        role = language.role.clone()
-        generated = role[:, run.prompt_length :]
-        generated[generated == Role.PROMPT] = Role.RESPONSE
-        ended = _after_first(run.ids[:, run.prompt_length :].cpu(), self._ends())
-        generated[ended] = Role.PAD
-        return maps | {"language": replace(language, role=role)}
+        maps = self.adapter.tokens(run.prompt())
+        maps["language"] = _continued(maps["language"], self._generated_roles(run))
+        return {stream: self._encoded_once(run, stream, tokens) for stream, tokens in maps.items()}
 
-    def _ends(self) -> list[int]:
-        config = getattr(self.adapter.model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)
-        return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    def _generated_roles(self, run: _Run) -> Int[Tensor, "batch token"]:
+        ids = run.ids[:, run.prompt_length :].cpu()
+        role = self.adapter.text_roles(ids)
+        role[role == Role.PROMPT] = Role.RESPONSE
+        ends = getattr(self.adapter.model, "generation_config", None)
+        end = getattr(ends, "eos_token_id", None)
+        is_end = torch.isin(ids, torch.tensor(end if end is not None else [], dtype=ids.dtype))
+        # A row that has ended is filled up while others go on.
+        role[(is_end.cumsum(1) - is_end.int()) > 0] = Role.PAD
+        return role
+
+    def _encoded_once(self, run: _Run, stream: str, tokens: TokenMap) -> TokenMap:
+        """Generation with beams encodes an image once and repeats its features."""
+        kept = next((p[0] for n, p in run.kept.items() if self.sites[n].stream == stream), None)
+        if stream == "language" or kept is None or len(kept) == len(tokens.role):
+            return tokens
+        beams = len(tokens.role) // len(kept)
+        first = tokens.sample[:, 0] % beams == 0
+        return TokenMap(
+            tokens.role[first], tokens.sample[first], tokens.image[first], tokens.box[first]
+        )
+
+
+def _continued(prompt: TokenMap, role: Int[Tensor, "batch token"]) -> TokenMap:
+    """The map with generated tokens behind the prompt's."""
+    sample = prompt.sample[:, :1].expand_as(role)
+    return TokenMap(
+        role=torch.cat([prompt.role, role], 1),
+        sample=torch.cat([prompt.sample, sample], 1),
+        image=torch.cat([prompt.image, torch.full_like(sample, -1).to(prompt.image.dtype)], 1),
+        box=torch.cat([prompt.box, torch.full((*role.shape, 4), float("nan"))], 1),
+    )
 
 
 def _repeats(before: Int[Tensor, "batch token"], now: Int[Tensor, "batch longer"]) -> bool:
@@ -299,9 +357,3 @@ def _repeats(before: Int[Tensor, "batch token"], now: Int[Tensor, "batch longer"
     if now.shape[0] != before.shape[0] or now.shape[1] != before.shape[1] + 1:
         return False
     return bool((now[:, :-1] == before).all())
-
-
-def _after_first(ids: Int[Tensor, "batch token"], ends: list[int]) -> Tensor:
-    """True after a row's first end token."""
-    is_end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype))
-    return (is_end.cumsum(1) - is_end.int()) > 0

@@ -9,13 +9,14 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from neuronlens.errors import AdapterError, NeuronLensError, UnknownNameError
+from neuronlens.errors import AdapterError, UnknownNameError
 from neuronlens.hooks import refuse_compiled
 from neuronlens.neurons import Module, NeuronId, NeuronSite
 from neuronlens.show import Html, table
-from neuronlens.tokens import TokenMap
+from neuronlens.tokens import Role, TokenMap
 
 SiteSelection = str | NeuronSite | Iterable[str | NeuronSite] | None
 """A module, a site's name, a site, several of these, or None for every site."""
@@ -128,6 +129,26 @@ class ModelAdapter(ABC):
     def act_module(self, site: NeuronSite) -> nn.Module:
         """The module whose output holds the site's activations."""
         return self.model.get_submodule(site.path)
+
+    def text_roles(
+        self, ids: Int[Tensor, "batch token"], attention: Tensor | None = None
+    ) -> Int[Tensor, "batch token"]:
+        """SPECIAL for the tokenizer's special tokens, PAD where not attended, else PROMPT."""
+        special: set[int | None] = set()
+        for config in (self.model.config, self.model.config.get_text_config()):
+            for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                value = getattr(config, kind, None)
+                special |= set(value if isinstance(value, list) else [value])
+        if self.processor is not None:
+            special |= set(self.processor.tokenizer.all_special_ids)
+            special.discard(self.processor.tokenizer.unk_token_id)
+        ids = ids.cpu()
+        known = torch.tensor(sorted(each for each in special if each is not None))
+        role = torch.full_like(ids, int(Role.PROMPT), dtype=torch.int8)
+        role[torch.isin(ids, known)] = Role.SPECIAL
+        if attention is not None:
+            role[attention.cpu() == 0] = Role.PAD
+        return role
 
     @property
     def device(self) -> torch.device:
@@ -253,11 +274,3 @@ def adapt(model: nn.Module, processor: Any = None) -> ModelAdapter:
             "Pass the model itself, not a wrapper around it."
         )
     return get(model_type)(model, processor)
-
-
-def one_image_size(pixels: Tensor) -> ImageSize:
-    """Width and height of a batch of processed images `[image, channel, height, width]`."""
-    return int(pixels.shape[-1]), int(pixels.shape[-2])
-
-
-__all__ = ["ImageSize", "ModelAdapter", "NeuronLensError", "SiteSelection", "adapt", "get", "register"]

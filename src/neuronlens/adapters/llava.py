@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from neuronlens.adapters.base import ImageSize, ModelAdapter, one_image_size, register
+from neuronlens.adapters.base import ImageSize, ModelAdapter, register
 from neuronlens.adapters.discover import feed_forward_blocks
 from neuronlens.adapters.geometry import resized_and_cropped
 from neuronlens.errors import AdapterError
@@ -101,16 +101,16 @@ class LlavaAdapter(ModelAdapter):
                 f"{', '.join(sorted(k for k, v in inputs.items() if v is not None)) or 'nothing'}. "
                 "Call it with input_ids, not inputs_embeds."
             )
-        pixels = inputs.get("pixel_values")
         ids = ids.cpu()
         visual = ids == self._image_token
-        role = self._text_roles(ids, inputs.get("attention_mask"))
+        images, processed = self._images(inputs, int(visual.sum()))
+        role = self.text_roles(ids, inputs.get("attention_mask"))
         role[visual] = Role.VISUAL
         sample = torch.arange(len(ids))[:, None].expand_as(ids).contiguous()
         image = torch.full_like(ids, -1)
         box = torch.full((*ids.shape, 4), float("nan"))
         streams = {"language": TokenMap(role, sample, image, box)}
-        if pixels is None:
+        if images == 0:
             if visual.any():
                 raise AdapterError(
                     f"input_ids hold {int(visual.sum())} image tokens, but there are no "
@@ -118,19 +118,19 @@ class LlavaAdapter(ModelAdapter):
                 )
             return streams
 
-        cells = self._cells(one_image_size(pixels))
-        per_image = len(cells) + (self._strategy == "full")
+        cells = self._cells(processed)
+        per_image = self._per_image(processed)
         counts = visual.sum(1)
-        if int(counts.sum()) != per_image * len(pixels) or (counts % per_image).any():
+        if int(counts.sum()) != per_image * images or (counts % per_image).any():
             raise AdapterError(
-                f"{len(pixels)} images of {per_image} tokens each were given, but the rows of "
+                f"{images} images of {per_image} tokens each were given, but the rows of "
                 f"input_ids hold {counts.tolist()} image tokens. Does each prompt have one "
                 f"image token per image?"
             )
         owner = torch.repeat_interleave(torch.arange(len(ids)), counts // per_image)
         number = torch.cat([torch.arange(int(n)) for n in counts // per_image])
         boxes = torch.stack([
-            self._place(cells, one_image_size(pixels), int(who), int(which), originals)
+            self._place(cells, processed, int(who), int(which), originals)
             for who, which in zip(owner, number, strict=True)
         ])
         with_cls = torch.cat([torch.full_like(boxes[:, :1], float("nan")), boxes], 1)
@@ -138,28 +138,26 @@ class LlavaAdapter(ModelAdapter):
         box[visual] = seen.flatten(0, 1)
         image[visual] = number.repeat_interleave(per_image)
         # With the CLS token passed on ("full"), its placeholder sees no single region.
-        cls = torch.zeros(len(pixels), per_image, dtype=torch.bool)
+        cls = torch.zeros(images, per_image, dtype=torch.bool)
         cls[:, 0] = self._strategy == "full"
         role[visual] = torch.where(cls.flatten(), int(Role.SPECIAL), int(Role.VISUAL)).to(role.dtype)
         streams["vision"] = _image_rows(with_cls, owner, number, first_is_cls=True)
         streams["projector"] = _image_rows(seen, owner, number, first_is_cls=self._strategy == "full")
         return streams
 
-    def _text_roles(self, ids: Int[Tensor, "batch token"], attention: Any) -> Int[Tensor, "batch token"]:
-        role = torch.full_like(ids, int(Role.PROMPT), dtype=torch.int8)
-        special: set[int] = set()
-        for config in (self.model.config, self.model.config.text_config):
-            for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                value = getattr(config, kind, None)
-                special |= set(value if isinstance(value, list) else [value])
-        if self.processor is not None:
-            special |= set(self.processor.tokenizer.all_special_ids)
-            special -= {self.processor.tokenizer.unk_token_id}
-        known = torch.tensor(sorted(special - {None, self._image_token}))
-        role[torch.isin(ids, known)] = Role.SPECIAL
-        if isinstance(attention, Tensor):
-            role[attention[:, -ids.shape[1] :].cpu() == 0] = Role.PAD
-        return role
+    def _images(self, inputs: Mapping[str, Any], placeholders: int) -> tuple[int, ImageSize]:
+        """How many images there are, and the size they were processed to."""
+        pixels = inputs.get("pixel_values")
+        if pixels is not None:
+            return len(pixels), (int(pixels.shape[-1]), int(pixels.shape[-2]))
+        # generate() encodes the images beforehand and passes on their features, in pieces if
+        # the prompt is fed in chunks.
+        processed = (int(self._vision.image_size),) * 2
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        return (0 if encoded is None else placeholders // self._per_image(processed)), processed
+
+    def _per_image(self, processed: ImageSize) -> int:
+        return len(self._cells(processed)) + (self._strategy == "full")
 
     def _cells(self, processed: ImageSize) -> Float[Tensor, "patch 4"]:
         patch = self._vision.patch_size
