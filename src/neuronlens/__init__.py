@@ -1,0 +1,82 @@
+"""What does each neuron of a vision-language model do, and can we believe it?
+
+The pipeline, in order: `adapt` a model, `read_samples`, `look` at one neuron or `scan` them
+all into an `Atlas`, classify with `NeuronClassifier`, re-record `exemplars`,
+`explain_neurons`, and `report`. Every stage takes the products of earlier ones, and every
+product can be saved.
+"""
+
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
+from neuronlens.adapters import ModelAdapter, adapt, register
+from neuronlens.atlas import Atlas
+from neuronlens.classify import Classification, NeuronClassifier
+from neuronlens.errors import NeuronLensError
+from neuronlens.exemplars import Exemplar, exemplars, look
+from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob
+from neuronlens.explanation import Explanation, Failure
+from neuronlens.neurons import NeuronId, NeuronSite
+from neuronlens.recorder import ActivationRecorder, Sink, record
+from neuronlens.samples import Annotation, Sample, encode, read_samples
+from neuronlens.scan import scan
+from neuronlens.score import Score
+from neuronlens.segment import AnnotationSegmenter, Segmenter
+from neuronlens.simulate import (
+    MaskSimulator,
+    Simulation,
+    SimulationJob,
+    Simulator,
+    WordSimulator,
+)
+from neuronlens.study import Study, explain_neurons
+from neuronlens.tokens import Role, TokenMap
+
+__all__ = [
+    "ActivationRecorder",
+    "Annotation",
+    "AnnotationSegmenter",
+    "Atlas",
+    "Classification",
+    "DissectionExplainer",
+    "Exemplar",
+    "Explainer",
+    "Explanation",
+    "ExplanationJob",
+    "Failure",
+    "MaskSimulator",
+    "ModelAdapter",
+    "NeuronClassifier",
+    "NeuronId",
+    "NeuronLensError",
+    "NeuronSite",
+    "Role",
+    "Sample",
+    "Score",
+    "Segmenter",
+    "Simulation",
+    "SimulationJob",
+    "Simulator",
+    "Sink",
+    "Study",
+    "TokenMap",
+    "WordSimulator",
+    "adapt",
+    "encode",
+    "exemplars",
+    "explain_neurons",
+    "look",
+    "read_samples",
+    "record",
+    "register",
+    "report",
+    "scan",
+]
+
+_NAMESPACES = ("testbed",)
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name in _NAMESPACES:
+        return _import_module(f"neuronlens.{name}")
+    raise AttributeError(f"module 'neuronlens' has no attribute {name!r}")

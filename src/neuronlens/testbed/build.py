@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from neuronlens.testbed.scenes import COLOURS, NUMBERS, SHAPES, SIZE, SIZES, TEXTURES
+from neuronlens.testbed.world import COLOURS, NUMBERS, SHAPES, SIZE, SIZES, TEXTURES
 
 PATCH: Final = 8
 PATCHES: Final = (SIZE // PATCH) ** 2

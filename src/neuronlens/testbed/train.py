@@ -12,18 +12,20 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from neuronlens.hooks import hooked
 from neuronlens.testbed import build
-from neuronlens.testbed.scenes import COLOURS, PROMPT, SHAPES, TEXTURES, Scene, draw, questions
+from neuronlens.testbed.planting import SHIPPED, fit
+from neuronlens.testbed.world import COLOURS, PROMPT, SHAPES, TEXTURES, Scene, draw, questions
 
 SCENE_SEED: Final = 20_260_000
 HELD_OUT_SEED: Final = 20_269_999
@@ -168,13 +170,10 @@ def train_jointly(
     batches = corpus.batches(64, seed=3)
     colours = torch.tensor([vocabulary[word] for word in COLOURS])
     shapes = torch.tensor([vocabulary[word] for word in SHAPES])
+    layers = model.model.language_model.layers
+    acts = {str(number): layer.mlp.act_fn for number, layer in enumerate(layers)}
     fired: list[Tensor] = []
-    with ExitStack() as stack:
-        for layer in model.model.language_model.layers:
-            handle = layer.mlp.act_fn.register_forward_hook(
-                lambda _m, _i, out: fired.append(out.relu().mean())
-            )
-            stack.callback(handle.remove)
+    with hooked(acts, lambda _name, out: fired.append(out.relu().mean())):
         for step in range(steps):
             rows = next(batches)
             ids, answers = corpus.text(rows)
@@ -268,8 +267,10 @@ def train(out: Path, scenes: int = 30_000, effort: float = 1.0, seed: int = 0) -
     # The weights ship as fp16: accuracy is measured on what ships.
     model = model.eval().half().float()
     accuracy = held_out_accuracy(model, processor)
+    rows = fit(model, processor, SHIPPED)
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
+    save_file({"rows": rows}, out / "planted.safetensors")
     record = {
         "steps": steps, "scenes": scenes, "seed": seed, "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started), "held_out": accuracy,

@@ -1,0 +1,176 @@
+"""Saying what a neuron finds, from the exemplars set aside for that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from neuronlens.classify import Category
+from neuronlens.exemplars import Exemplar
+from neuronlens.explanation import Explanation, Failure
+from neuronlens.neurons import NeuronId
+from neuronlens.score import correlation
+from neuronlens.segment import AnnotationSegmenter, Segmenter
+
+
+@dataclass(frozen=True, eq=False)
+class ExplanationJob:
+    """A neuron, its category, and the exemplars to explain it from: no held-out ones."""
+
+    neuron: NeuronId
+    category: Category
+    exemplars: tuple[Exemplar, ...]
+
+
+class Explainer(Protocol):
+    """Says what neurons find."""
+
+    def explain(self, jobs: Sequence[ExplanationJob]) -> list[Explanation | Failure]:
+        """Explain each job's neuron, in the order of the jobs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well one concept predicts a neuron.
+
+    Attributes:
+        concept: Its name.
+        r: Pearson correlation; of a multi-modal neuron, the mean of both modalities.
+        visual: On visual tokens, with the covered share of each token; NaN if undefined.
+        text: On text tokens, with the concept's words; NaN if undefined.
+        predicts: Whether the token before the words fits better than the words.
+    """
+
+    concept: str
+    r: float
+    visual: float
+    text: float
+    predicts: bool
+
+
+class DissectionExplainer:
+    """Names, without an LLM, the known concept whose prediction correlates best.
+
+    A concept predicts the covered share of each visual token and the occurrences of its
+    words. Language neurons often fire on the token *before* a word, since they write it;
+    both places are tried.
+
+    Attributes:
+        segmenter: Finds concepts in images; by default the samples' annotations.
+        words: By concept, the words that stand for it; by default its name. Concepts are the
+            keys, or else whatever the exemplars' annotations name.
+    """
+
+    name = "dissection"
+
+    def __init__(
+        self,
+        segmenter: Segmenter | None = None,
+        words: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.segmenter = segmenter or AnnotationSegmenter()
+        self.words = None if words is None else {k: tuple(v) for k, v in words.items()}
+
+    def explain(self, jobs: Sequence[ExplanationJob]) -> list[Explanation | Failure]:
+        """Explain each neuron by its best concept."""
+        return [self._one(job) for job in jobs]
+
+    def matches(
+        self, exemplars: Sequence[Exemplar], category: Category, concepts: Sequence[str] | None = None
+    ) -> list[Match]:
+        """Every concept's fit on these exemplars, best first; undefined fits are left out.
+
+        Args:
+            exemplars: Of one neuron.
+            category: Which modalities count: visual, text, or (for all others) both.
+            concepts: Which to try; by default all known ones.
+        """
+        names = concepts if concepts is not None else self._concepts(exemplars)
+        found = []
+        for concept in names:
+            visual = text = float("nan")
+            predicts = False
+            if category != "text":
+                visual = self._visual(exemplars, concept)
+            if category != "visual":
+                text, predicts = self._text(exemplars, concept)
+            sides = [visual] if category == "visual" else [text] if category == "text" else [visual, text]
+            r = sum(sides) / len(sides)
+            if not math.isnan(r):
+                found.append(Match(concept, r, visual, text, predicts))
+        return sorted(found, key=lambda match: (-match.r, match.concept))
+
+    def _one(self, job: ExplanationJob) -> Explanation | Failure:
+        if not job.exemplars:
+            return Failure("no exemplar to explain from")
+        found = self.matches(job.exemplars, job.category)
+        if not found:
+            return Failure("no known concept occurs in the exemplars")
+        best = found[0]
+        return Explanation(
+            sentence=_sentence(best, job.category),
+            phrases=() if job.category == "text" else (best.concept,),
+            words=() if job.category == "visual" else self._words(best.concept),
+            predicts=best.predicts,
+            explainer=self.name,
+        )
+
+    def _concepts(self, exemplars: Sequence[Exemplar]) -> list[str]:
+        if self.words is not None:
+            return sorted(self.words)
+        return sorted(frozenset().union(*(each.sample.concepts() for each in exemplars)))
+
+    def _words(self, concept: str) -> tuple[str, ...]:
+        return (concept,) if self.words is None else self.words[concept]
+
+    def _visual(self, exemplars: Sequence[Exemplar], concept: str) -> float:
+        true, predicted = [], []
+        for each in exemplars:
+            images = np.unique(each.tokens.image.numpy()[each.visual])
+            masks = {
+                int(i): self.segmenter.segment(each.sample, int(i), [concept])[0] for i in images
+            }
+            true.append(each.activation[each.visual])
+            predicted.append(each.tokens.coverage(masks).numpy()[each.visual])
+        return _pooled(true, predicted)
+
+    def _text(self, exemplars: Sequence[Exemplar], concept: str) -> tuple[float, bool]:
+        if any(each.tokens.pieces is None for each in exemplars):
+            return float("nan"), False
+        true = [each.activation[each.text] for each in exemplars]
+        on, before = (
+            _pooled(
+                true,
+                [
+                    each.tokens.words(self._words(concept), shift).numpy()[each.text]
+                    for each in exemplars
+                ],
+            )
+            for shift in (0, -1)
+        )
+        predicts = not math.isnan(before) and (math.isnan(on) or before > on)
+        return (before if predicts else on), predicts
+
+
+def _pooled(
+    true: Sequence[Float[np.ndarray, " token"]], predicted: Sequence[Float[np.ndarray, " token"]]
+) -> float:
+    return correlation(np.concatenate(true), np.concatenate(predicted))[0]
+
+
+def _sentence(match: Match, category: Category) -> str:
+    seen = f"parts of the image that are “{match.concept}”"
+    read = (
+        f"the place right before the word “{match.concept}”"
+        if match.predicts
+        else f"the word “{match.concept}”"
+    )
+    if category == "visual":
+        return seen
+    return read if category == "text" else f"{seen}, and {read}"

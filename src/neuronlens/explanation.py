@@ -1,0 +1,34 @@
+"""What an explainer gives and a simulator takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Explanation(BaseModel):
+    """What a neuron is said to find.
+
+    Attributes:
+        sentence: Completes "the main thing this neuron does is find".
+        phrases: Up to three short noun phrases a detector can look for.
+        words: Words at which the neuron fires on text, for a simulator that needs no LLM.
+        predicts: Whether it fires on the token before the words rather than on them.
+        explainer: What made the explanation.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    sentence: str
+    phrases: tuple[str, ...] = Field(default=(), max_length=3)
+    words: tuple[str, ...] = ()
+    predicts: bool = False
+    explainer: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be done for one neuron or sample, and why; counted, never scored as 0."""
+
+    reason: str
