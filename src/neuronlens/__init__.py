@@ -18,6 +18,7 @@ from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob
 from neuronlens.explanation import Explanation, Failure
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import ActivationRecorder, Sink, record
+from neuronlens.report import Control, report
 from neuronlens.samples import Annotation, Sample, encode, read_samples
 from neuronlens.scan import scan
 from neuronlens.score import Score
@@ -38,6 +39,7 @@ __all__ = [
     "AnnotationSegmenter",
     "Atlas",
     "Classification",
+    "Control",
     "DissectionExplainer",
     "Exemplar",
     "Explainer",

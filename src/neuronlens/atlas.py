@@ -130,6 +130,27 @@ class SampleRecord(SampleRow):
             in_memory=in_memory,
         )
 
+    def sample_from_files(self) -> Sample:
+        """The sample, if its images are still what was scanned.
+
+        Raises:
+            AtlasError: If it was not a file to begin with.
+            SampleError: If an image is gone or has changed.
+        """
+        if self.in_memory:
+            raise AtlasError(
+                f"Sample {self.id!r} was scanned from memory, so its image or masks cannot be found "
+                "again. Pass the same samples: samples=..."
+            )
+        sample = self.sample(Path("/"), str(self.position))
+        paths = [source for source in sample.images if isinstance(source, Path)]
+        for path, digest in zip(paths, self.digests, strict=True):
+            if not path.exists():
+                raise SampleError(sample.id, "missing image", f"{path} is gone since the scan.")
+            if image_digest(path) != digest:
+                raise SampleError(sample.id, "changed image", f"{path} differs since the scan.")
+        return sample
+
     def fingerprint(self) -> bytes:
         """What makes the sample this one, wherever its files lie."""
         return json.dumps([self.id, self.digests, self.prompt, self.response, self.domain]).encode()
@@ -301,20 +322,7 @@ class Atlas:
             AtlasError: If it was not a file to begin with.
             SampleError: If its image is no longer what was scanned.
         """
-        record = self.samples[position]
-        if record.in_memory:
-            raise AtlasError(
-                f"Sample {record.id!r} was scanned from memory, so the atlas cannot find its image "
-                "or masks again. Pass the same samples: samples=..."
-            )
-        sample = record.sample(Path("/"), str(position))
-        for path, digest in zip(sample.images, record.digests, strict=True):
-            assert isinstance(path, Path)  # noqa: S101 - in_memory records were refused above
-            if not path.exists():
-                raise SampleError(sample.id, "missing image", f"{path} is gone since the scan.")
-            if image_digest(path) != digest:
-                raise SampleError(sample.id, "changed image", f"{path} differs since the scan.")
-        return sample
+        return self.samples[position].sample_from_files()
 
     @contextmanager
     def _read(self, site: str) -> Iterator[safe_open]:

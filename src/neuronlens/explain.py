@@ -17,6 +17,9 @@ from neuronlens.neurons import NeuronId
 from neuronlens.score import correlation
 from neuronlens.segment import AnnotationSegmenter, Segmenter
 
+Prediction = Float[np.ndarray, " token"]
+_Predictions = dict[tuple[int, str, str], Prediction]
+
 
 @dataclass(frozen=True, eq=False)
 class ExplanationJob:
@@ -79,7 +82,9 @@ class DissectionExplainer:
 
     def explain(self, jobs: Sequence[ExplanationJob]) -> list[Explanation | Failure]:
         """Explain each neuron by its best concept."""
-        return [self._one(job) for job in jobs]
+        # Many neurons share samples; their token maps live as long as the jobs do.
+        known: _Predictions = {}
+        return [self._one(job, known) for job in jobs]
 
     def matches(
         self, exemplars: Sequence[Exemplar], category: Category, concepts: Sequence[str] | None = None
@@ -91,25 +96,34 @@ class DissectionExplainer:
             category: Which modalities count: visual, text, or (for all others) both.
             concepts: Which to try; by default all known ones.
         """
+        return self._matches(exemplars, category, concepts, {})
+
+    def _matches(
+        self,
+        exemplars: Sequence[Exemplar],
+        category: Category,
+        concepts: Sequence[str] | None,
+        known: _Predictions,
+    ) -> list[Match]:
         names = concepts if concepts is not None else self._concepts(exemplars)
         found = []
         for concept in names:
             visual = text = float("nan")
             predicts = False
             if category != "text":
-                visual = self._visual(exemplars, concept)
+                visual = self._visual(exemplars, concept, known)
             if category != "visual":
-                text, predicts = self._text(exemplars, concept)
+                text, predicts = self._text(exemplars, concept, known)
             sides = [visual] if category == "visual" else [text] if category == "text" else [visual, text]
             r = sum(sides) / len(sides)
             if not math.isnan(r):
                 found.append(Match(concept, r, visual, text, predicts))
         return sorted(found, key=lambda match: (-match.r, match.concept))
 
-    def _one(self, job: ExplanationJob) -> Explanation | Failure:
+    def _one(self, job: ExplanationJob, known: _Predictions) -> Explanation | Failure:
         if not job.exemplars:
             return Failure("no exemplar to explain from")
-        found = self.matches(job.exemplars, job.category)
+        found = self._matches(job.exemplars, job.category, None, known)
         if not found:
             return Failure("no known concept occurs in the exemplars")
         best = found[0]
@@ -129,33 +143,45 @@ class DissectionExplainer:
     def _words(self, concept: str) -> tuple[str, ...]:
         return (concept,) if self.words is None else self.words[concept]
 
-    def _visual(self, exemplars: Sequence[Exemplar], concept: str) -> float:
-        true, predicted = [], []
-        for each in exemplars:
-            images = np.unique(each.tokens.image.numpy()[each.visual])
-            masks = {
-                int(i): self.segmenter.segment(each.sample, int(i), [concept])[0] for i in images
-            }
-            true.append(each.activation[each.visual])
-            predicted.append(each.tokens.coverage(masks).numpy()[each.visual])
-        return _pooled(true, predicted)
+    def _visual(self, exemplars: Sequence[Exemplar], concept: str, known: _Predictions) -> float:
+        return _pooled(
+            [each.activation[each.visual] for each in exemplars],
+            [self._covered(each, concept, known)[each.visual] for each in exemplars],
+        )
 
-    def _text(self, exemplars: Sequence[Exemplar], concept: str) -> tuple[float, bool]:
+    def _covered(self, exemplar: Exemplar, concept: str, known: _Predictions) -> Prediction:
+        key = (id(exemplar.tokens), concept, "visual")
+        if key not in known:
+            images = np.unique(exemplar.tokens.image.numpy()[exemplar.visual])
+            masks = {
+                int(i): self.segmenter.segment(exemplar.sample, int(i), [concept])[0] for i in images
+            }
+            known[key] = exemplar.tokens.coverage(masks).numpy()
+        return known[key]
+
+    def _text(
+        self, exemplars: Sequence[Exemplar], concept: str, known: _Predictions
+    ) -> tuple[float, bool]:
         if any(each.tokens.pieces is None for each in exemplars):
             return float("nan"), False
         true = [each.activation[each.text] for each in exemplars]
         on, before = (
             _pooled(
                 true,
-                [
-                    each.tokens.words(self._words(concept), shift).numpy()[each.text]
-                    for each in exemplars
-                ],
+                [self._spelled(each, concept, shift, known)[each.text] for each in exemplars],
             )
             for shift in (0, -1)
         )
         predicts = not math.isnan(before) and (math.isnan(on) or before > on)
         return (before if predicts else on), predicts
+
+    def _spelled(
+        self, exemplar: Exemplar, concept: str, shift: int, known: _Predictions
+    ) -> Prediction:
+        key = (id(exemplar.tokens), concept, str(shift))
+        if key not in known:
+            known[key] = exemplar.tokens.words(self._words(concept), shift).numpy()
+        return known[key]
 
 
 def _pooled(

@@ -125,9 +125,11 @@ def shaded(pieces: Sequence[str], level: Values) -> Html:
         strength = float(np.clip(np.nan_to_num(value) / 10, 0, 1))
         ink = "#fff" if strength > 0.6 else "inherit"
         title = "" if np.isnan(value) else f' title="{value:.2f}"'
+        word = piece.lstrip(" ")
         spans.append(
-            f'<span{title} style="background:rgba{(*GREEN, round(strength, 3))};color:{ink}">'
-            f"{escaped(piece)}</span>"
+            f'{" " * (len(piece) - len(word))}<span{title} '
+            f'style="background:rgba{(*GREEN, round(strength, 3))};color:{ink}">'
+            f"{escaped(word)}</span>"
         )
     return Html(f'<span style="white-space:pre-wrap;line-height:1.7">{"".join(spans)}</span>')
 

@@ -62,6 +62,7 @@ class NeuronRecord(BaseModel):
 
     Attributes:
         neuron: As `NeuronId.parse` reads it.
+        stream: The token axis its activations run along.
         category: What it was classified as.
         probability: (p_v, p_t, p_m, p_u) by category.
         maximum: Its largest activation over the scan.
@@ -73,6 +74,7 @@ class NeuronRecord(BaseModel):
     """
 
     neuron: str
+    stream: str
     category: Category
     probability: dict[Category, float]
     maximum: float
@@ -188,6 +190,16 @@ class Study(Mapping[NeuronId, NeuronRecord]):
             if record.null_mean is not None:
                 means.setdefault(record.category, []).append(record.null_mean)
         return {category: float(np.mean(values)) for category, values in means.items()}
+
+    def agreeing(self, r: float = 0.5) -> list[NeuronId]:
+        """Neurons whose held-out correlation is at least `r` on every modality that counts."""
+        found = []
+        for neuron, record in self.records.items():
+            score = record.score or Score()
+            sides = [side for side in (score.visual, score.text) if side is not None]
+            if sides and all(side.r is not None and side.r >= r for side in sides):
+                found.append(neuron)
+        return found
 
     def table(self) -> pd.DataFrame:
         """One row per neuron: category, explanation, score beside its null.
@@ -368,6 +380,7 @@ def explain_neurons(
         score, simulated = own.get(neuron, (answer, []))
         records.append(NeuronRecord(
             neuron=str(neuron),
+            stream=adapter.site(neuron.site).stream,
             category=category[neuron],
             probability=kinds.probability(neuron),
             maximum=each.maximum,

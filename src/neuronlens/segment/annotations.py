@@ -35,11 +35,15 @@ class AnnotationSegmenter:
         self, sample: Sample, image: int, phrases: Sequence[str]
     ) -> NDArray[np.bool_]:
         """Masks `[phrase, height, width]`; empty where no annotation fits the phrase."""
-        width, height = sample.open_images()[image].size
+        here = [each for each in sample.annotations if each.image == image]
+        if here:
+            height, width = here[0].mask().shape
+        else:
+            width, height = sample.open_images()[image].size
         masks = np.zeros((len(phrases), height, width), np.bool_)
         for mask, phrase in zip(masks, phrases, strict=True):
-            for annotation in sample.annotations:
-                if annotation.image == image and _names(annotation, phrase):
+            for annotation in here:
+                if _names(annotation, phrase):
                     mask |= annotation.mask()
         return masks
 

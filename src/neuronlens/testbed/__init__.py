@@ -57,6 +57,8 @@ def load(planted: bool = False) -> Testbed:
         planted: Whether to graft the twelve shipped neurons of known function into it.
     """
     model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    # Products name their model; where this package lies on this machine says nothing.
+    model.config.name_or_path = "neuronlens-testbed"
     processor = AutoProcessor.from_pretrained(FOLDER)
     if not planted:
         return Testbed(model, processor)

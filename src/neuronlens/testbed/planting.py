@@ -28,6 +28,13 @@ SCENE_SEED: Final = 20_260_000
 PEAK: Final = 8.0
 """Activation aimed at where a planted neuron fires fully."""
 
+SEEN_OVER_READ: Final = 1.3
+"""A multi-modal neuron fires this much more strongly on patches than on words.
+
+Its top samples are then those that show the concept large. Were words the stronger, samples in
+which it covers too few patches to count as visual-activated would rank as high as any.
+"""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -134,8 +141,9 @@ def _examples(
             for spec in specs:
                 cover = torch.stack([by_concept[c][0] for c in spec.concepts]).amax(0)
                 words = torch.stack([by_concept[c][1] for c in spec.concepts]).amax(0)
+                peak = SEEN_OVER_READ if spec.kind == "multimodal" else 1.0
                 columns.append(
-                    torch.where(visual, cover, 0.0) * (spec.kind != "text")
+                    torch.where(visual, peak * cover, 0.0) * (spec.kind != "text")
                     + torch.where(visual, 0.0, words) * (spec.kind != "visual")
                 )
             inputs.append(flat[batch.tokens["language"].where(row)])

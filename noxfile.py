@@ -1,0 +1,103 @@
+"""Sessions: demo, tests, lint, types, docs, examples, train_testbed.
+
+Needs nox with uv: pip install 'nox[uv]'.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+# torch and torchvision come from one registry: the CPU build of torch breaks torchvision.
+MODEL = ["torch", "torchvision", "transformers"]
+TESTS = [
+    *("pytest", "pytest-xdist", "hypothesis", "beartype", "scipy"),
+    *("scikit-image", "scikit-learn", "pandas"),
+]
+DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job on the embedded testbed: leaves demo/index.html and the records behind it."""
+    session.install(".[report]")
+    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole suite, with lint, types, docs and examples: one environment serves them all."""
+    session.install("-e", ".[report,table]", *MODEL, *TESTS, "ruff", "mypy", *DOCS)
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=OFFLINE)
+        return
+    _lint(session)
+    _types(session)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", env=OFFLINE)
+    _docs(session)
+    _examples(session)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and common mistakes (ruff)."""
+    session.install("ruff")
+    _lint(session)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types of the library (mypy, strict)."""
+    session.install("-e", ".[report,table]", *MODEL, "mypy")
+    _types(session)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation; warnings are errors."""
+    session.install("-e", ".[report,table]", *MODEL, *DOCS)
+    _docs(session)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every script and notebook in examples/, executed on the testbed."""
+    session.install("-e", ".[report,table]", *MODEL, *DOCS)
+    _examples(session)
+
+
+@nox.session
+def train_testbed(session: nox.Session) -> None:
+    """Retrain the testbed from nothing (about 15 minutes on 2 cores) and report its accuracy."""
+    session.install("-e", ".", *MODEL)
+    out = session.posargs or ["--out", str(Path(session.create_tmp()) / "testbed")]
+    session.run("python", "-m", "neuronlens.testbed.train", *out, env=OFFLINE)
+
+
+def _lint(session: nox.Session) -> None:
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+def _types(session: nox.Session) -> None:
+    session.run("mypy")
+
+
+def _docs(session: nox.Session) -> None:
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
+                "docs", "docs/_build/html", env=OFFLINE)
+
+
+def _examples(session: nox.Session) -> None:
+    tmp = Path(session.create_tmp())
+    for script in sorted(Path("examples").glob("*.py")):
+        session.run("python", str(script), "--out", str(tmp / script.stem), env=OFFLINE)
+    for notebook in sorted(Path("examples").glob("*.ipynb")):
+        session.run("jupyter", "nbconvert", "--to", "html", "--execute", str(notebook),
+                    "--output-dir", str(tmp), env=OFFLINE)
