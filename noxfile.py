@@ -90,8 +90,19 @@ def _types(session: nox.Session) -> None:
 
 
 def _docs(session: nox.Session) -> None:
-    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html",
-                "docs", "docs/_build/html", env=OFFLINE)
+    session.run(
+        "python",
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "docs",
+        "docs/_build/html",
+        env=OFFLINE,
+    )
 
 
 def _examples(session: nox.Session) -> None:
@@ -99,5 +110,14 @@ def _examples(session: nox.Session) -> None:
     for script in sorted(Path("examples").glob("*.py")):
         session.run("python", str(script), "--out", str(tmp / script.stem), env=OFFLINE)
     for notebook in sorted(Path("examples").glob("*.ipynb")):
-        session.run("jupyter", "nbconvert", "--to", "html", "--execute", str(notebook),
-                    "--output-dir", str(tmp), env=OFFLINE)
+        session.run(
+            "jupyter",
+            "nbconvert",
+            "--to",
+            "html",
+            "--execute",
+            str(notebook),
+            "--output-dir",
+            str(tmp),
+            env=OFFLINE,
+        )

@@ -40,15 +40,25 @@ def main() -> None:
     print("Explaining neurons, simulating them from the explanation, scoring the simulation ...")
     study = nl.explain_neurons(vlm, atlas, chosen(kinds), kinds=kinds, out=given.out / "study")
     control = nl.explain_neurons(
-        untrained, control_atlas, chosen(control_kinds), kinds=control_kinds,
+        untrained,
+        control_atlas,
+        chosen(control_kinds),
+        kinds=control_kinds,
         out=given.out / "study-untrained",
     )
     wrong = nl.explain_neurons(
-        vlm, atlas, chosen(kinds), kinds=kinds, samples=nl.testbed.shuffled(samples),
+        vlm,
+        atlas,
+        chosen(kinds),
+        kinds=kinds,
+        samples=nl.testbed.shuffled(samples),
         out=given.out / "study-shuffled",
     )
     page = nl.report(
-        atlas, study, kinds=kinds, out=given.out,
+        atlas,
+        study,
+        kinds=kinds,
+        out=given.out,
         controls={
             "untrained copy": nl.Control(control_kinds, control),
             "annotations shuffled": nl.Control(kinds, wrong),

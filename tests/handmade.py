@@ -16,9 +16,7 @@ from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.running import ABSENT, COUNTED, SiteStatistics
 from neuronlens.tokens import Role
 
-LETTERS = {
-    "_": Role.PAD, "s": Role.SPECIAL, "p": Role.PROMPT, "r": Role.RESPONSE, "v": Role.VISUAL
-}
+LETTERS = {"_": Role.PAD, "s": Role.SPECIAL, "p": Role.PROMPT, "r": Role.RESPONSE, "v": Role.VISUAL}
 CELL = 8
 """Side in pixels of what a visual token sees."""
 

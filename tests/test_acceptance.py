@@ -111,7 +111,16 @@ def reference_tables(model, processor, samples, plan):
         images = [samples[p].images[0] for p in batch]
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         for row, caption in enumerate(captions):
-            text = ["<bos>", "user:", *["<image>"] * 64, "describe", "the", "image", ".", "assistant:"]
+            text = [
+                "<bos>",
+                "user:",
+                *["<image>"] * 64,
+                "describe",
+                "the",
+                "image",
+                ".",
+                "assistant:",
+            ]
             ids[row, : start + len(caption)] = torch.tensor([words[w] for w in [*text, *caption]])
         with torch.inference_mode():
             lengths = [start + len(caption) for caption in captions]
@@ -199,7 +208,10 @@ def best_concepts(adapter, neurons, outside):
             seen.append(values[2:66])
             read.append(values[71 : 71 + len(caption)])
             masks = [
-                np.any([a.mask() for a in sample.annotations if c in a.names] or [np.zeros((64, 64))], 0)
+                np.any(
+                    [a.mask() for a in sample.annotations if c in a.names] or [np.zeros((64, 64))],
+                    0,
+                )
                 for c in testbed.CONCEPTS
             ]
             covers.append(np.stack([m.reshape(8, 8, 8, 8).mean((1, 3)).ravel() for m in masks], 1))
@@ -232,13 +244,17 @@ def trained_atlas(vlm, scanned, tmp_path_factory):
     return nl.scan(vlm, scanned, sites="language", out=tmp_path_factory.mktemp("trained") / "atlas")
 
 
-def test_at_least_15_multimodal_neurons_are_found_and_named_right(vlm, trained_atlas, scanned, outside):
+def test_at_least_15_multimodal_neurons_are_found_and_named_right(
+    vlm, trained_atlas, scanned, outside
+):
     assert len(believed(vlm, trained_atlas, scanned, outside)) >= 15
 
 
 def test_at_most_one_is_found_in_untrained_weights(untrained_vlm, scanned, outside, tmp_path):
     atlas = nl.scan(untrained_vlm, scanned, sites="language", out=tmp_path / "atlas")
-    assert CLASSIFIER.classify(atlas).shares()["multimodal"] > 0.3  # there is plenty to be fooled by
+    assert (
+        CLASSIFIER.classify(atlas).shares()["multimodal"] > 0.3
+    )  # there is plenty to be fooled by
     assert len(believed(untrained_vlm, atlas, scanned, outside)) <= 1
 
 
@@ -262,7 +278,12 @@ def assert_all_found(adapter, planted, samples, out):
     kinds = CLASSIFIER.classify(atlas)
     functional = [each for each in planted if each.kind != "silent"]
     study = nl.explain_neurons(
-        adapter, atlas, [each.neuron for each in functional], kinds=kinds, samples=samples, null_draws=0
+        adapter,
+        atlas,
+        [each.neuron for each in functional],
+        kinds=kinds,
+        samples=samples,
+        null_draws=0,
     )
     wrong = []
     for each in functional:

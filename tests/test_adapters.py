@@ -41,8 +41,13 @@ IMAGE = 4  # the testbed's <image>
 
 def clip(**more) -> CLIPVisionConfig:
     sizes = {
-        "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "intermediate_size": 24, "projection_dim": 16,
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "projection_dim": 16,
     }
     return CLIPVisionConfig(**sizes | more)
 
@@ -50,15 +55,22 @@ def clip(**more) -> CLIPVisionConfig:
 def small_llava(vision=None, text: dict | None = None, **config) -> LlavaForConditionalGeneration:
     """A LLaVA of random weights, with the testbed's words."""
     sizes = {
-        "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": 1024,
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 1024,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(
             LlavaConfig(
-                vision_config=vision or clip(), text_config=LlamaConfig(**sizes | (text or {})),
-                image_token_index=IMAGE, **config,
+                vision_config=vision or clip(),
+                text_config=LlamaConfig(**sizes | (text or {})),
+                image_token_index=IMAGE,
+                **config,
             )
         ).eval()
     assert sum(p.numel() for p in model.parameters()) < 200_000
@@ -69,8 +81,11 @@ def processor_of(side: int, patch: int, backend=CLIPImageProcessor, **more) -> L
     images = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     images |= more.pop("images", {})
     settings = {
-        "tokenizer": build.tokenizer(), "patch_size": patch, "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default", "chat_template": build.CHAT_TEMPLATE,
+        "tokenizer": build.tokenizer(),
+        "patch_size": patch,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+        "chat_template": build.CHAT_TEMPLATE,
     }
     return LlavaProcessor(backend(**images), **settings | more)
 
@@ -84,7 +99,9 @@ def test_llava_1_5_7b_has_the_neurons_its_paper_counts_and_adapts_without_weight
     start = time.perf_counter()
     vlm = nl.adapt(model)
     assert time.perf_counter() - start < 5
-    neurons = {m: sum(s.neurons for s in vlm.select(m)) for m in ("language", "vision", "projector")}
+    neurons = {
+        m: sum(s.neurons for s in vlm.select(m)) for m in ("language", "vision", "projector")
+    }
     assert neurons == {"language": 32 * 11_008, "vision": 24 * 4096, "projector": 4096}
     assert neurons == {"language": 352_256, "vision": 98_304, "projector": 4_096}
     assert sum(neurons.values()) == sum(site.neurons for site in vlm.sites.values())
@@ -101,15 +118,22 @@ def test_the_testbed_is_a_tiny_llava_with_every_site_in_the_order_it_runs(vlm, s
         vlm.model(**batch.inputs)
     assert ran == list(vlm.sites)
     assert ran == [
-        "vision.0", "vision.1", "vision.2", "projector.0",
-        "language.0", "language.1", "language.2", "language.3",
+        "vision.0",
+        "vision.1",
+        "vision.2",
+        "projector.0",
+        "language.0",
+        "language.1",
+        "language.2",
+        "language.3",
     ]
 
 
 def activation_modules(model: nn.Module) -> set[str]:
     """Paths of everything a transformers MLP calls its activation."""
     return {
-        path for path, _ in model.named_modules()
+        path
+        for path, _ in model.named_modules()
         if path.rsplit(".", 1)[-1] in ("act_fn", "activation_fn", "act")
     }
 
@@ -139,14 +163,20 @@ def test_a_site_is_inert_exactly_if_silencing_it_changes_no_bit_of_the_logits(la
     with torch.inference_mode():
         plain = model(**inputs).logits
         for site in vlm.sites.values():
-            with hooked({site.name: vlm.act_module(site)}, lambda _name, out: torch.zeros_like(out)):
+            with hooked(
+                {site.name: vlm.act_module(site)}, lambda _name, out: torch.zeros_like(out)
+            ):
                 silenced = model(**inputs).logits
             assert torch.equal(silenced, plain) == site.inert, site.name
 
 
 def test_only_what_runs_behind_the_layer_that_is_read_is_inert():
     inert = {
-        layer: [s.name for s in nl.adapt(small_llava(vision_feature_layer=layer)).sites.values() if s.inert]
+        layer: [
+            s.name
+            for s in nl.adapt(small_llava(vision_feature_layer=layer)).sites.values()
+            if s.inert
+        ]
         for layer in (-1, -2, 1)
     }
     assert inert == {-1: [], -2: ["vision.2"], 1: ["vision.1", "vision.2"]}
@@ -154,8 +184,12 @@ def test_only_what_runs_behind_the_layer_that_is_read_is_inert():
 
 def test_a_vision_tower_with_a_pooling_head_hides_no_encoder_layer():
     sizes = {
-        "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "intermediate_size": 24,
+        "image_size": 16,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
     }
     model = small_llava(
         SiglipVisionConfig(**sizes), vision_feature_layer=-1, vision_feature_select_strategy="full"
@@ -200,7 +234,11 @@ def test_sites_are_selected_by_module_name_or_themselves_in_the_models_order_onc
     assert names("language.2") == ["language.2"]
     assert names(vlm.site("language.2")) == ["language.2"]
     assert names(["language.3", "vision", vlm.site("vision.1"), "language.0"]) == [
-        "vision.0", "vision.1", "vision.2", "language.0", "language.3",
+        "vision.0",
+        "vision.1",
+        "vision.2",
+        "language.0",
+        "language.3",
     ]
     assert names(s for s in ("vision.1",)) == ["vision.1"]
     assert names([]) == []
@@ -220,9 +258,11 @@ def test_an_unknown_model_type_lists_near_ones_and_the_way_to_add_one():
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
-    with pytest.raises(UnknownNameError, match=r"model type 'llama'\. Closest: llava\. .*docs/adapters"):
+    with pytest.raises(
+        UnknownNameError, match=r"model type 'llama'\. Closest: llava\. .*docs/adapters"
+    ):
         nl.adapt(LlamaForCausalLM(config))
-    with pytest.raises(UnknownNameError, match="Known: .*llava"):
+    with pytest.raises(UnknownNameError, match=r"Known: .*llava"):
         get("zzz")
 
 
@@ -268,14 +308,20 @@ def test_a_registered_family_is_found_by_each_of_its_model_types(registry):
     assert type(nl.adapt(small_llava())) is LlavaAdapter
 
 
-def test_a_family_of_an_installed_package_is_found_by_its_entry_point(registry, tmp_path, monkeypatch):
+def test_a_family_of_an_installed_package_is_found_by_its_entry_point(
+    registry, tmp_path, monkeypatch
+):
     (tmp_path / "lens_for_mine.py").write_text(
         "from neuronlens.adapters.llava import LlavaAdapter\nclass Mine(LlavaAdapter): pass\n"
     )
     installed = tmp_path / "lens_for_mine-1.0.dist-info"
     installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: lens-for-mine\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[neuronlens.adapters]\nmine = lens_for_mine:Mine\n")
+    (installed / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: lens-for-mine\nVersion: 1.0\n"
+    )
+    (installed / "entry_points.txt").write_text(
+        "[neuronlens.adapters]\nmine = lens_for_mine:Mine\n"
+    )
     with pytest.raises(UnknownNameError):
         get("mine")
     monkeypatch.syspath_prepend(tmp_path)
@@ -288,7 +334,7 @@ def test_a_family_that_finds_no_site_is_not_this_models(registry):
         def find_sites(self):
             return ()
 
-    with pytest.raises(AdapterError, match="no feed-forward block that Siteless recognises"):
+    with pytest.raises(AdapterError, match=r"no feed-forward block that Siteless recognises"):
         nl.adapt(renamed("siteless"))
 
 
@@ -305,18 +351,33 @@ def more_words(count: int):
     ("wrong", "said"),
     [
         (lambda: processor_of(64, 16), r"patch size 16 \(the model's is 8\)"),
-        (lambda: processor_of(64, 8, image_token="<unk>"), r"image token id 3 \(the model's is 4\)"),
+        (
+            lambda: processor_of(64, 8, image_token="<unk>"),
+            r"image token id 3 \(the model's is 4\)",
+        ),
         (lambda: processor_of(336, 8), r"image size \(336, 336\) \(the model's is \(64, 64\)\)"),
         (
             lambda: processor_of(64, 8, vision_feature_select_strategy="full"),
             r"feature selection 'full' \(the model's is 'default'\)",
         ),
-        (lambda: processor_of(64, 8, tokenizer=more_words(3)), r"57 tokens \(the model embeds 54\)"),
+        (
+            lambda: processor_of(64, 8, tokenizer=more_words(3)),
+            r"57 tokens \(the model embeds 54\)",
+        ),
         (lambda: processor_of(336, 14), "patch size 14 .*image size"),
         (build.tokenizer, "not a processor of images and text"),
         (CLIPImageProcessor, "not a processor of images and text"),
     ],
-    ids=["patch", "image token", "image size", "strategy", "words", "two things", "tokenizer", "images"],
+    ids=[
+        "patch",
+        "image token",
+        "image size",
+        "strategy",
+        "words",
+        "two things",
+        "tokenizer",
+        "images",
+    ],
 )
 def test_another_models_processor_is_refused_with_every_difference(bed, wrong, said):
     with pytest.raises(AdapterError, match=said):
@@ -356,10 +417,17 @@ def test_special_tokens_are_special_unattended_ones_padding_and_others_prompt(vl
     attention = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
     pad, special, prompt = Role.PAD, Role.SPECIAL, Role.PROMPT
     # <unk>, 3, stands for a word of the text.
-    assert vlm.text_roles(ids, attention).tolist() == [[pad, pad, special, prompt, prompt, special, special]]
-    assert vlm.text_roles(ids).tolist() == [[special, special, special, prompt, prompt, special, special]]
+    assert vlm.text_roles(ids, attention).tolist() == [
+        [pad, pad, special, prompt, prompt, special, special]
+    ]
+    assert vlm.text_roles(ids).tolist() == [
+        [special, special, special, prompt, prompt, special, special]
+    ]
     without_processor = nl.adapt(vlm.model)
-    assert without_processor.text_roles(ids, attention).tolist() == vlm.text_roles(ids, attention).tolist()
+    assert (
+        without_processor.text_roles(ids, attention).tolist()
+        == vlm.text_roles(ids, attention).tolist()
+    )
 
 
 def test_an_adapter_shows_itself_with_every_module_and_its_inert_sites():
@@ -406,7 +474,9 @@ def test_image_tokens_belong_to_their_rows_images_in_order(vlm):
 
 def test_without_original_sizes_boxes_are_the_patches_of_the_processed_image(vlm):
     streams = vlm.tokens({"input_ids": torch.tensor([row(64)]), "pixel_values": pixels(1)})
-    patches = torch.tensor([[x, y, x + 8.0, y + 8.0] for y in range(0, 64, 8) for x in range(0, 64, 8)])
+    patches = torch.tensor(
+        [[x, y, x + 8.0, y + 8.0] for y in range(0, 64, 8) for x in range(0, 64, 8)]
+    )
     torch.testing.assert_close(streams["projector"].box[0], patches, atol=0, rtol=0)
     torch.testing.assert_close(streams["vision"].box[0, 1:], patches, atol=0, rtol=0)
     text = streams["language"]
@@ -430,7 +500,12 @@ def test_where_the_cls_token_is_passed_on_its_placeholder_is_special():
     at = (batch.inputs["input_ids"][0] == IMAGE).nonzero().squeeze(1)
     assert text.role[at].tolist() == [Role.SPECIAL] + [Role.VISUAL] * 4
     assert text.box[at[0]].isnan().all()
-    assert text.box[at[1:]].tolist() == [[0, 0, 32, 32], [32, 0, 64, 32], [0, 32, 32, 64], [32, 32, 64, 64]]
+    assert text.box[at[1:]].tolist() == [
+        [0, 0, 32, 32],
+        [32, 0, 64, 32],
+        [0, 32, 32, 64],
+        [32, 32, 64, 64],
+    ]
     assert batch.tokens["projector"].role[0].tolist() == [Role.SPECIAL] + [Role.VISUAL] * 4
     with nl.ActivationRecorder(vlm, None) as recorder, torch.inference_mode():
         model(**batch.inputs)
@@ -476,7 +551,7 @@ def test_original_sizes_must_be_those_of_the_rows_images(vlm, originals):
 
 
 def test_embeddings_in_place_of_ids_are_refused(vlm):
-    with pytest.raises(AdapterError, match="called with inputs_embeds.*Call it with input_ids"):
+    with pytest.raises(AdapterError, match=r"called with inputs_embeds.*Call it with input_ids"):
         vlm.tokens({"inputs_embeds": torch.zeros(1, 2, 128), "pixel_values": None})
 
 
@@ -507,7 +582,9 @@ def large() -> LlavaForConditionalGeneration:
 def inverted(photo: np.ndarray, region) -> Image.Image:
     """The photograph with black and white swapped in a region of whole pixels inside of it."""
     left, top, right, bottom = region
-    inside = np.s_[int(np.ceil(top - 1e-3)) : int(bottom + 1e-3), int(np.ceil(left - 1e-3)) : int(right + 1e-3)]
+    inside = np.s_[
+        int(np.ceil(top - 1e-3)) : int(bottom + 1e-3), int(np.ceil(left - 1e-3)) : int(right + 1e-3)
+    ]
     assert photo[inside].size > 0
     changed = photo.copy()
     changed[inside] = np.where(photo[inside] > 127, 0, 255)
@@ -529,7 +606,11 @@ def parts(box, strip: float = 0.2):
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     for a, b, c, d in [
-        (0.1, 0.1, 0.9, 0.9), (0, 0, strip, 1), (1 - strip, 0, 1, 1), (0, 0, 1, strip), (0, 1 - strip, 1, 1),
+        (0.1, 0.1, 0.9, 0.9),
+        (0, 0, strip, 1),
+        (1 - strip, 0, 1, 1),
+        (0, 0, 1, strip),
+        (0, 1 - strip, 1, 1),
     ]:
         yield left + a * width, top + b * height, left + c * width, top + d * height
 
@@ -537,13 +618,17 @@ def parts(box, strip: float = 0.2):
 @pytest.mark.parametrize("photograph", PHOTOGRAPHS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("side", [64, 336])
-def test_a_tokens_box_holds_the_pixels_of_the_photograph_it_sees(bed, large, photograph, backend, side):
+def test_a_tokens_box_holds_the_pixels_of_the_photograph_it_sees(
+    bed, large, photograph, backend, side
+):
     model, patch = (bed.model, 8) if side == 64 else (large, 14)
     vlm = nl.adapt(model, processor_of(side, patch, BACKENDS[backend]))
     photo = PHOTOGRAPHS[photograph]()
     original = Image.fromarray(photo)
     assert photo.shape[0] != photo.shape[1]
-    boxes = nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    boxes = (
+        nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    )
     n = side // patch
     corners, inner = [0, n - 1, n * n - n, n * n - 1], [n + 2, n * (n // 2) + n // 3]
     asked = [(token, part) for token in corners + inner for part in parts(boxes[token].tolist())]
@@ -558,19 +643,27 @@ def test_pixels_no_box_holds_move_no_token(bed, photograph, backend):
     photo = PHOTOGRAPHS[photograph]()
     original = Image.fromarray(photo)
     height, width = photo.shape[:2]
-    boxes = nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    boxes = (
+        nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    )
     left, top = boxes[:, :2].amin(0).tolist()
     right, bottom = boxes[:, 2:].amax(0).tolist()
     assert min(right - left, bottom - top) == pytest.approx(min(width, height), abs=1e-3)
     reach = 2 * min(width, height) / 64  # of the bicubic filter, in pixels of the photograph
     outside = [
-        (0, 0, left - reach, height), (right + reach, 0, width, height),
-        (0, 0, width, top - reach), (0, bottom + reach, width, height),
+        (0, 0, left - reach, height),
+        (right + reach, 0, width, height),
+        (0, 0, width, top - reach),
+        (0, bottom + reach, width, height),
     ]
     outside = [(a, b, c, d) for a, b, c, d in outside if c - a >= 1 and d - b >= 1]
     assert len(outside) == 2  # a side on the left and right, or above and below
     assert moved_by(vlm, [inverted(photo, each) for each in outside], original).max() == 0
-    beside = (right - reach, 0, width, height) if right < width - 1 else (0, bottom - reach, width, height)
+    beside = (
+        (right - reach, 0, width, height)
+        if right < width - 1
+        else (0, bottom - reach, width, height)
+    )
     assert moved_by(vlm, [inverted(photo, beside)], original).max() > 0
 
 
@@ -581,7 +674,9 @@ def test_boxes_are_right_to_the_pixel_where_the_processor_only_crops_and_pads(be
     width, height = size
     photo = skimage.data.chelsea()[:height, :width]
     original = Image.fromarray(photo)
-    boxes = nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    boxes = (
+        nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    )
     seen = (~boxes.isnan().any(-1)).nonzero().squeeze(1).tolist()
     asked = [seen[0], seen[-1], seen[len(seen) // 2]]
     moved = moved_by(vlm, [inverted(photo, boxes[token].tolist()) for token in asked], original)
@@ -606,7 +701,9 @@ def test_a_processor_that_squeezes_gives_boxes_of_the_photographs_shape(bed, bac
     vlm = nl.adapt(bed.model, processor_of(64, 8, BACKENDS[backend], images=squeeze))
     photo = skimage.data.chelsea()
     original = Image.fromarray(photo)
-    boxes = nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    boxes = (
+        nl.encode(vlm, [nl.Sample("photo", (original,), "describe .")]).tokens["projector"].box[0]
+    )
     torch.testing.assert_close(boxes[-1], torch.tensor([451 * 7 / 8, 300 * 7 / 8, 451, 300]))
     asked = [(token, part) for token in (0, 7, 20, 63) for part in parts(boxes[token].tolist())]
     moved = moved_by(vlm, [inverted(photo, part) for _, part in asked], original)
@@ -617,7 +714,16 @@ def test_patches_that_see_only_padding_have_no_box(bed):
     vlm = nl.adapt(bed.model, processor_of(64, 8, images={"do_resize": False}))
     small = nl.Sample("small", (Image.new("RGB", (32, 64)),), "describe .")
     boxes = nl.encode(vlm, [small]).tokens["projector"].box[0].reshape(8, 8, 4)
-    assert boxes.isnan().any(-1).all(0).tolist() == [True, True, False, False, False, False, True, True]
+    assert boxes.isnan().any(-1).all(0).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
     torch.testing.assert_close(boxes[0, 2], torch.tensor([0.0, 0, 8, 8]))
 
 

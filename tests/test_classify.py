@@ -80,22 +80,21 @@ def test_scales_count_from_the_maximum_or_as_it_is(tmp_path, scale, level):
         assert kinds.of(NeuronId(MADE, 0)) == expected
 
 
-@pytest.mark.parametrize(
-    ("maximum", "expected"), [("joint", "text"), ("role", "multimodal")]
-)
+@pytest.mark.parametrize(("maximum", "expected"), [("joint", "text"), ("role", "multimodal")])
 def test_one_maximum_or_one_per_role_by_hand(tmp_path, maximum, expected):
     # Visual values are 1 of 10 jointly, but 10 of their own maximum.
     neuron = {0: ([1.0, 1.0], [10.0, 10.0])}
-    kinds = classified(
-        tmp_path / "a", [neuron], NeuronClassifier(n_v=1, n_t=1, maximum=maximum)
-    )
+    kinds = classified(tmp_path / "a", [neuron], NeuronClassifier(n_v=1, n_t=1, maximum=maximum))
     assert kinds.of(NeuronId(MADE, 0)) == expected
 
 
 def test_thresholds_on_counts_are_strict(tmp_path):
     # P1: more than n_v = 4 visual tokens, more than n_t = 2 text tokens.
     neurons = [
-        {0: ([9.0] * 4, [])}, {0: ([9.0] * 5, [])}, {0: ([], [9.0] * 2)}, {0: ([], [9.0] * 3)}
+        {0: ([9.0] * 4, [])},
+        {0: ([9.0] * 5, [])},
+        {0: ([], [9.0] * 2)},
+        {0: ([], [9.0] * 3)},
     ]
     kinds = classified(tmp_path / "a", neurons, NeuronClassifier())
     said = [kinds.of(NeuronId(MADE, row)) for row in range(4)]
@@ -113,8 +112,10 @@ def test_thresholds_on_counts_are_strict(tmp_path):
 def test_levels_are_quantised_in_double_precision(tmp_path, value, maximum, dtype, level):
     for threshold, activated in ((level - 1, "visual"), (level, "unknown")):
         kinds = classified(
-            tmp_path / f"{threshold}", [{0: ([maximum, value], [])}],
-            NeuronClassifier(n_v=1, t_v=threshold), dtype=dtype,
+            tmp_path / f"{threshold}",
+            [{0: ([maximum, value], [])}],
+            NeuronClassifier(n_v=1, t_v=threshold),
+            dtype=dtype,
         )
         assert kinds.of(NeuronId(MADE, 0)) == activated
 
@@ -123,9 +124,7 @@ def test_only_the_first_top_samples_count_if_asked(tmp_path):
     neuron = {0: ([10.0, 9.0], []), 1: ([9.0], []), 2: ([], [8.0, 8.0]), 3: ([7.0], [])}
     wanted = {1: (1, 0, 0, 0), 2: (0.5, 0, 0, 0.5), 3: (1 / 3, 1 / 3, 0, 1 / 3)}
     for top, expected in wanted.items():
-        kinds = classified(
-            tmp_path / f"{top}", [neuron], NeuronClassifier(n_v=1, n_t=1, top=top)
-        )
+        kinds = classified(tmp_path / f"{top}", [neuron], NeuronClassifier(n_v=1, n_t=1, top=top))
         assert shares(kinds) == expected
         assert kinds.sites[MADE].samples[0] == top
 
@@ -170,11 +169,21 @@ def test_a_modality_that_never_fired_has_no_maximum_to_divide_by(tmp_path):
 
 TIES = [
     # Kinds of the samples, winner.
-    ("vt", "visual"), ("tm", "text"), ("mu", "multimodal"), ("vtmu", "visual"), ("tum", "text"),
-    ("vvtt", "visual"), ("ttmm", "text"), ("uuv", "unknown"), ("vum", "visual"),
+    ("vt", "visual"),
+    ("tm", "text"),
+    ("mu", "multimodal"),
+    ("vtmu", "visual"),
+    ("tum", "text"),
+    ("vvtt", "visual"),
+    ("ttmm", "text"),
+    ("uuv", "unknown"),
+    ("vum", "visual"),
 ]
 OF_KIND = {
-    "v": ([9.0, 9.0], []), "t": ([], [9.0, 9.0]), "m": ([9.0, 9.0], [9.0, 9.0]), "u": ([9.0], [])
+    "v": ([9.0, 9.0], []),
+    "t": ([], [9.0, 9.0]),
+    "m": ([9.0, 9.0], [9.0, 9.0]),
+    "u": ([9.0], []),
 }
 
 
@@ -220,20 +229,28 @@ def by_loops(seen, reading: NeuronClassifier, n: int) -> tuple[list[int], bool]:
     every = [v for both in seen.values() for side in both for v in side]
     joint = max(every, default=-math.inf)
     own = [
-        max((v for both in seen.values() for v in both[side]), default=-math.inf)
-        for side in (0, 1)
+        max((v for both in seen.values() for v in both[side]), default=-math.inf) for side in (0, 1)
     ]
     ranked = sorted((-max([*v, *t]), p) for p, (v, t) in seen.items() if [*v, *t])
     counts = [0, 0, 0, 0]
     for _, position in ranked[: min(n, reading.top or n)]:
         visual, text = (
             counted(
-                values, threshold, reading.scale, reading.quantise,
+                values,
+                threshold,
+                reading.scale,
+                reading.quantise,
                 own[side] if reading.maximum == "role" else joint,
-            ) > needed
-            for side, (values, threshold, needed) in enumerate(zip(
-                seen[position], (reading.t_v, reading.t_t), (reading.n_v, reading.n_t), strict=True
-            ))
+            )
+            > needed
+            for side, (values, threshold, needed) in enumerate(
+                zip(
+                    seen[position],
+                    (reading.t_v, reading.t_t),
+                    (reading.n_v, reading.n_t),
+                    strict=True,
+                )
+            )
         )
         counts[2 if visual and text else 0 if visual else 1 if text else 3] += 1
     return counts, joint <= 0 or not ranked
@@ -295,8 +312,13 @@ def test_the_rescan_that_an_error_advises_makes_it_work(vlm, atlas, scenes, tmp_
 @pytest.mark.parametrize(
     "reading",
     [
-        {"scale": "hundred"}, {"quantise": "ceil"}, {"maximum": "both"}, {"n_v": -1}, {"n_t": -1},
-        {"top": 0}, {"top": -1},
+        {"scale": "hundred"},
+        {"quantise": "ceil"},
+        {"maximum": "both"},
+        {"n_v": -1},
+        {"n_t": -1},
+        {"top": 0},
+        {"top": -1},
     ],
     ids=str,
 )

@@ -17,8 +17,11 @@ from neuronlens.samples import encode
 from neuronlens.tokens import Role
 
 NEURONS = [
-    NeuronId("language.0", 3), NeuronId("language.2", 17), NeuronId("language.2", 5),
-    NeuronId("vision.1", 40), NeuronId("projector.0", 9),
+    NeuronId("language.0", 3),
+    NeuronId("language.2", 17),
+    NeuronId("language.2", 5),
+    NeuronId("vision.1", 40),
+    NeuronId("projector.0", 9),
 ]
 
 
@@ -33,6 +36,7 @@ def positions(group) -> list[int]:
 
 @contextmanager
 def doubled(adapter, site):
+    """The same weights, but twice the activations."""
     hook = adapter.act_module(adapter.site(site)).register_forward_hook(lambda m, a, out: out * 2)
     try:
         yield
@@ -48,7 +52,8 @@ def test_exemplars_are_the_samples_at_their_ranks(found, atlas, scenes):
     for neuron in NEURONS:
         top = atlas.neuron(neuron).positions.tolist()
         for group, ranks in (
-            (found[neuron].explain, EXPLAIN_RANKS), (found[neuron].held_out, HELD_OUT_RANKS)
+            (found[neuron].explain, EXPLAIN_RANKS),
+            (found[neuron].held_out, HELD_OUT_RANKS),
         ):
             assert [each.rank for each in group] == list(ranks)
             assert positions(group) == [top[rank - 1] for rank in ranks]
@@ -160,7 +165,7 @@ def test_a_model_with_other_weights_is_refused(untrained_vlm, atlas, scenes):
 
 
 def test_activations_that_differ_from_the_scan_are_warned_of(vlm, atlas, scenes):
-    with doubled(vlm, "language.2"), pytest.warns(UserWarning, match="differ from the scan's by up"):
+    with doubled(vlm, "language.2"), pytest.warns(UserWarning, match="differ from the scan's"):
         nl.exemplars(vlm, atlas, NEURONS[1:2], samples=scenes)
 
 
@@ -172,7 +177,7 @@ def test_samples_that_are_not_those_of_the_scan_are_refused(vlm, atlas, scenes, 
 
 
 def test_a_neuron_that_was_not_asked_for_is_refused_with_those_that_were(found):
-    with pytest.raises(UnknownNameError, match=r"No neuron in these exemplars 'vision.1/41'.*vision.1/40"):
+    with pytest.raises(UnknownNameError, match=r"in these exemplars 'vision.1/41'.*vision.1/40"):
         found[NeuronId("vision.1", 41)]
 
 
@@ -190,7 +195,9 @@ def test_levels_and_maxima_by_hand():
 
 def test_only_text_is_shown_and_only_what_counts_is_shaded():
     one = exemplar(
-        "svvprs", [9.0, 2.0, -1.0, 8.0, 1.0, 3.0], maximum=4.0,
+        "svvprs",
+        [9.0, 2.0, -1.0, 8.0, 1.0, 3.0],
+        maximum=4.0,
         pieces=("<bos>", "", "", " asked", " said", "<eos>"),
     )
     shown = one.shaded_text()
@@ -230,9 +237,8 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 def test_hostile_captions_and_ids_are_escaped_in_html():
-    one = exemplar(
-        "vr", [1.0, 2.0], pieces=("", HOSTILE), sample=scene(1, id=HOSTILE, response=HOSTILE), rank=1
-    )
+    sample = scene(1, id=HOSTILE, response=HOSTILE)
+    one = exemplar("vr", [1.0, 2.0], pieces=("", HOSTILE), sample=sample, rank=1)
     for shown in (one, NeuronExemplars(NEURON, 2.0, (one,), (one,))):
         assert "<script>" not in shown._repr_html_()
         assert "&lt;script&gt;" in shown._repr_html_()
@@ -287,7 +293,7 @@ def test_a_look_is_saved_as_a_picture(vlm, scenes, tmp_path):
         assert saved.format == "PNG"
         # The image, its modulated copy and its heat map side by side, enlarged.
         assert saved.width >= 3 * 256
-        assert len(set(saved.convert("RGB").getdata())) > 100
+        assert len(np.unique(np.asarray(saved.convert("RGB")).reshape(-1, 3), axis=0)) > 100
 
 
 def test_a_look_that_cannot_be_saved_says_where(tmp_path):

@@ -20,7 +20,9 @@ class Halting(nn.Module):
 class Masked(nn.Module):
     """Takes arguments by position, by name, with defaults, and any others."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, **rest) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, **rest
+    ) -> Tensor:
         return x * scale
 
 
@@ -35,8 +37,11 @@ def hooks_of(model: nn.Module) -> int:
         len(hooks)
         for module in model.modules()
         for hooks in (
-            module._forward_hooks, module._forward_pre_hooks, module._forward_hooks_with_kwargs,
-            module._forward_pre_hooks_with_kwargs, module._backward_hooks,
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_pre_hooks_with_kwargs,
+            module._backward_hooks,
         )
     )
 
@@ -116,15 +121,19 @@ def test_hooks_of_others_stay(mlp):
 
 
 def test_a_module_that_never_ran_is_an_error_that_names_it(mlp):
-    with pytest.raises(CaptureError, match=r"1 of 2 hooked modules never ran: other\."), hooked(
-        {"act": mlp[1], "other": nn.ReLU()}, look
+    with (
+        pytest.raises(CaptureError, match=r"1 of 2 hooked modules never ran: other\."),
+        hooked({"act": mlp[1], "other": nn.ReLU()}, look),
     ):
         mlp(torch.zeros(1, 4))
 
 
 def test_of_many_modules_that_never_ran_eight_are_named(mlp):
     modules = {f"m{n}": nn.ReLU() for n in range(9)}
-    with pytest.raises(CaptureError, match=r"9 of 9 .*: m0, m1, .*, m7, \.\.\.\."), hooked(modules, look):
+    with (
+        pytest.raises(CaptureError, match=r"9 of 9 .*: m0, m1, .*, m7, \.\.\.\."),
+        hooked(modules, look),
+    ):
         mlp(torch.zeros(1, 4))
 
 
@@ -158,9 +167,11 @@ def test_arguments_are_seen_by_name_however_they_were_given():
 def test_after_is_called_once_a_call_is_over_and_not_when_it_raised():
     told = []
     model = Halting()
-    with watched(model, lambda _inputs: told.append("before"), lambda: told.append("after")):
-        with pytest.raises(ArithmeticError):
-            model(torch.zeros(1))
+    with (
+        pytest.raises(ArithmeticError),
+        watched(model, lambda _inputs: told.append("before"), lambda: told.append("after")),
+    ):
+        model(torch.zeros(1))
     assert told == ["before"]
     model = Masked()
     with watched(model, lambda _inputs: told.append("before"), lambda: told.append("after")):

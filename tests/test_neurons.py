@@ -24,7 +24,7 @@ def test_a_written_neuron_is_read_back_as_itself(site, index, expert):
     ["", "language.16", "language.16/", "language.16/x", "a/3/4", "a/ex/4", "a/e1/", "a/e1/2/3"],
 )
 def test_text_that_names_no_neuron_is_refused_with_the_form_it_should_have(text):
-    with pytest.raises(ValueError, match="names no neuron.*'language.16/4347'") as raised:
+    with pytest.raises(ValueError, match=r"names no neuron.*'language.16/4347'") as raised:
         NeuronId.parse(text)
     assert repr(text) in str(raised.value)
 
@@ -41,8 +41,14 @@ def test_neurons_sort_by_site_then_index_and_serve_as_keys():
 
 def site(width: int = 4, experts: int = 0, **more) -> NeuronSite:
     return NeuronSite(
-        name="language.2", module="language", layer=2, width=width, path="model.layers.2.mlp.act_fn",
-        stream="language", experts=experts, **more,
+        name="language.2",
+        module="language",
+        layer=2,
+        width=width,
+        path="model.layers.2.mlp.act_fn",
+        stream="language",
+        experts=experts,
+        **more,
     )
 
 

@@ -311,11 +311,15 @@ def test_a_negative_maximum_is_a_maximum():
 
 
 def test_a_sample_without_eligible_tokens_enters_no_list_but_is_counted():
-    made = streamed([[
-        Case(0, "text only", "", (Role.RESPONSE,), ((1.0,),)),
-        Case(1, "prompt only", "", (Role.PROMPT, Role.SPECIAL), ((9.0,), (9.0,))),
-        Case(2, "visual only", "", (Role.VISUAL,), ((2.0,),)),
-    ]])
+    made = streamed(
+        [
+            [
+                Case(0, "text only", "", (Role.RESPONSE,), ((1.0,),)),
+                Case(1, "prompt only", "", (Role.PROMPT, Role.SPECIAL), ((9.0,), (9.0,))),
+                Case(2, "visual only", "", (Role.VISUAL,), ((2.0,),)),
+            ]
+        ]
+    )
     assert made.top.ids.tolist() == [[2, 0, ABSENT]]
     assert made.top.value.tolist() == [[2.0, 1.0, -math.inf]]
     assert made.firing.tokens[""].sum(0).tolist() == [1, 1, 1, 1]

@@ -137,7 +137,13 @@ def test_a_scan_is_what_brute_force_over_all_activations_finds(
 ):
     samples, n = scenes[:7], 4
     atlas = nl.scan(
-        vlm, samples, out=tmp_path / "a", sites=site, n=n, batch_size=3, window=4,
+        vlm,
+        samples,
+        out=tmp_path / "a",
+        sites=site,
+        n=n,
+        batch_size=3,
+        window=4,
         text_roles=text_roles,
     )
     roles = [Role[each.upper()] for each in text_roles]
@@ -272,8 +278,15 @@ def test_padding_that_is_not_finite_skips_nobody(vlm, scenes, tmp_path):
 
 def test_the_manifest_says_what_was_scanned_and_how(vlm, scenes, tmp_path):
     atlas = nl.scan(
-        vlm, scenes[:3], out=tmp_path / "a", sites=["language.1", "vision"], n=2, keep_visual=6,
-        keep_text=4, text_roles=("response", "prompt"), batch_size=2,
+        vlm,
+        scenes[:3],
+        out=tmp_path / "a",
+        sites=["language.1", "vision"],
+        n=2,
+        keep_visual=6,
+        keep_text=4,
+        text_roles=("response", "prompt"),
+        batch_size=2,
     )
     assert list(atlas.sites) == ["vision.0", "vision.1", "vision.2", "language.1"]
     choices = atlas.choices
@@ -477,7 +490,12 @@ def test_a_finished_scan_leaves_no_hook_and_the_same_weights(vlm, scenes, tmp_pa
 
 
 CHOICES = Choices(
-    n=6, keep_visual=5, keep_text=3, text_roles=(Role.RESPONSE,), template=True, batch_size=3,
+    n=6,
+    keep_visual=5,
+    keep_text=3,
+    text_roles=(Role.RESPONSE,),
+    template=True,
+    batch_size=3,
     window=6,
 )
 

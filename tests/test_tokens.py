@@ -69,7 +69,9 @@ def test_coverage_of_a_fractional_box_is_what_counting_subpixels_gives(case):
 @given(masks_and_boxes())
 def test_a_mask_and_its_complement_share_every_box_inside_the_image(case):
     mask, spans = case
-    tokens = visual_map([[x0 / FINE, y0 / FINE, x1 / FINE, y1 / FINE] for (x0, x1), (y0, y1) in spans])
+    tokens = visual_map(
+        [[x0 / FINE, y0 / FINE, x1 / FINE, y1 / FINE] for (x0, x1), (y0, y1) in spans]
+    )
     whole = tokens.coverage({0: mask}) + tokens.coverage({0: ~mask})
     torch.testing.assert_close(whole, torch.ones(len(spans)), atol=1e-6, rtol=0)
 
@@ -98,19 +100,27 @@ def test_each_token_is_covered_by_the_mask_of_its_own_image():
 
 
 def test_coverage_is_nan_without_a_box_and_without_a_mask_of_the_image():
-    tokens = visual_map([[0, 0, 1, 1], [NAN] * 4, [0, 0, 1, 1], [0, NAN, 1, 1]], images=[0, 0, 1, 0])
+    tokens = visual_map(
+        [[0, 0, 1, 1], [NAN] * 4, [0, 0, 1, 1], [0, NAN, 1, 1]], images=[0, 0, 1, 0]
+    )
     share = tokens.coverage({0: np.ones((1, 1), bool)})
     torch.testing.assert_close(share, torch.tensor([1.0, NAN, NAN, NAN]), equal_nan=True)
     assert tokens.coverage({}).isnan().all()
 
 
 def test_coverage_keeps_the_axes_of_a_batch():
-    one = visual_map([[0, 0, 1, 1], [1, 0, 2, 1], [0, 0, 2, 1], [0, 1, 2, 2], [0, 0, 2, 2], [NAN] * 4])
-    batch = TokenMap(*(t.reshape(2, 3, *t.shape[1:]) for t in (one.role, one.sample, one.image, one.box)))
+    one = visual_map(
+        [[0, 0, 1, 1], [1, 0, 2, 1], [0, 0, 2, 1], [0, 1, 2, 2], [0, 0, 2, 2], [NAN] * 4]
+    )
+    batch = TokenMap(
+        *(t.reshape(2, 3, *t.shape[1:]) for t in (one.role, one.sample, one.image, one.box))
+    )
     mask = np.array([[True, False], [False, False]])
     share = batch.coverage({0: mask})
     assert share.shape == (2, 3)
-    torch.testing.assert_close(share.flatten(), one.coverage({0: mask}), equal_nan=True, atol=0, rtol=0)
+    torch.testing.assert_close(
+        share.flatten(), one.coverage({0: mask}), equal_nan=True, atol=0, rtol=0
+    )
 
 
 # Words.
@@ -166,7 +176,10 @@ def test_a_list_of_words_marks_what_its_words_mark_one_by_one(pieces, words, shi
     torch.testing.assert_close(tokens.words(words, shift), one_by_one, atol=0, rtol=0)
 
 
-@given(st.lists(st.sampled_from([" a", " b", "b", " c"]), min_size=1, max_size=8), st.sampled_from([0, -1]))
+@given(
+    st.lists(st.sampled_from([" a", " b", "b", " c"]), min_size=1, max_size=8),
+    st.sampled_from([0, -1]),
+)
 def test_marks_of_a_phrase_are_those_of_comparing_it_at_every_place(pieces, shift):
     text, starts = "".join(pieces), np.cumsum([0, *(len(p) for p in pieces)])
     slow = [0.0] * len(pieces)
@@ -198,7 +211,9 @@ def test_positions_that_are_not_text_are_nan_even_before_a_word():
 
 
 @pytest.mark.parametrize("between", [Role.VISUAL, Role.SPECIAL])
-@pytest.mark.parametrize(("parts", "word"), [(("red", " circle"), "red circle"), (("re", "d"), "red")])
+@pytest.mark.parametrize(
+    ("parts", "word"), [(("red", " circle"), "red circle"), (("re", "d"), "red")]
+)
 def test_no_word_is_found_across_an_image_or_a_marker(parts, word, between):
     first, last = parts
     apart = text_map([first, "", last], [Role.PROMPT, between, Role.PROMPT])
@@ -233,11 +248,16 @@ def test_a_map_without_text_says_how_to_get_one_with_it():
 @pytest.fixture
 def batch() -> TokenMap:
     """Two samples of three and two tokens, padded on the right and on the left."""
-    role = [[Role.SPECIAL, Role.VISUAL, Role.RESPONSE, Role.PAD], [Role.PAD, Role.PAD, Role.PROMPT, Role.RESPONSE]]
+    role = [
+        [Role.SPECIAL, Role.VISUAL, Role.RESPONSE, Role.PAD],
+        [Role.PAD, Role.PAD, Role.PROMPT, Role.RESPONSE],
+    ]
     box = torch.full((2, 4, 4), NAN)
     box[0, 1] = torch.tensor([1.0, 2, 3, 4])
     image = torch.tensor([[-1, 1, -1, -1], [-1] * 4])
-    return TokenMap(torch.tensor(role, dtype=torch.int8), torch.tensor([[0] * 4, [1] * 4]), image, box)
+    return TokenMap(
+        torch.tensor(role, dtype=torch.int8), torch.tensor([[0] * 4, [1] * 4]), image, box
+    )
 
 
 def test_a_samples_positions_are_in_order_and_without_padding(batch):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int
@@ -139,8 +139,8 @@ class SampleRecord(SampleRow):
         """
         if self.in_memory:
             raise AtlasError(
-                f"Sample {self.id!r} was scanned from memory, so its image or masks cannot be found "
-                "again. Pass the same samples: samples=..."
+                f"Sample {self.id!r} was scanned from memory, so its image or masks cannot be "
+                "found again. Pass the same samples: samples=..."
             )
         sample = self.sample(Path("/"), str(self.position))
         paths = [source for source in sample.images if isinstance(source, Path)]
@@ -237,7 +237,9 @@ class Atlas:
         """
         for name, info in self.manifest.files.items():
             if _sha256(self.path / name) != info.sha256:
-                raise AtlasError(f"{self.path}/{name} is not what the scan wrote: its hash differs.")
+                raise AtlasError(
+                    f"{self.path}/{name} is not what the scan wrote: its hash differs."
+                )
 
     def check(self, adapter: ModelAdapter) -> None:
         """Refuse a model other than the one that was scanned.
@@ -325,7 +327,7 @@ class Atlas:
         return self.samples[position].sample_from_files()
 
     @contextmanager
-    def _read(self, site: str) -> Iterator[safe_open]:
+    def _read(self, site: str) -> Iterator[Any]:
         name = site_file(self.site(site).name)
         try:
             with safe_open(self.path / name, "pt") as file:
@@ -340,7 +342,10 @@ class Atlas:
             modules[site.module] += site.neurons
         skips = Counter(each.reason for each in manifest.skipped)
         rows = [
-            ("model", f"{manifest.model.name} ({manifest.model.model_type}, {manifest.model.dtype})"),
+            (
+                "model",
+                f"{manifest.model.name} ({manifest.model.model_type}, {manifest.model.dtype})",
+            ),
             ("neurons", ", ".join(f"{module} {count:,}" for module, count in modules.items())),
             ("samples", f"{manifest.samples:,}"),
             ("skipped", ", ".join(f"{n} {reason}" for reason, n in skips.items()) or "none"),
@@ -373,7 +378,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}. Choose another folder.") from error
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
     try:
         yield working
         working.chmod(0o755)

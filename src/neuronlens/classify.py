@@ -74,7 +74,9 @@ class NeuronClassifier:
         if self.scale not in ("ten", "normalized", "raw"):
             raise ValueError(f"No scale {self.scale!r}. Scales are 'ten', 'normalized', 'raw'.")
         if self.quantise not in ("floor", "round", None):
-            raise ValueError(f"No way to quantise {self.quantise!r}: give 'floor', 'round' or None.")
+            raise ValueError(
+                f"No way to quantise {self.quantise!r}: give 'floor', 'round' or None."
+            )
         if self.maximum not in ("joint", "role"):
             raise ValueError(f"No maximum {self.maximum!r}: give 'joint' or 'role'.")
         if min(self.n_v, self.n_t) < 0:
@@ -99,7 +101,10 @@ class NeuronClassifier:
                 )
         sites = {name: self._site(atlas, site) for name, site in atlas.sites.items()}
         return Classification(
-            self, sites, dict(atlas.sites), atlas.manifest.model.fingerprint,
+            self,
+            sites,
+            dict(atlas.sites),
+            atlas.manifest.model.fingerprint,
             atlas.choices.model_dump(mode="json"),
         )
 
@@ -134,7 +139,9 @@ class NeuronClassifier:
         return SiteCategories(
             probability=share.numpy(),
             category=hits.numpy().argmax(1),
-            margin=(share.sort(dim=1, descending=True).values[:, :2].diff(dim=1) * -1)[:, 0].numpy(),
+            margin=(share.sort(dim=1, descending=True).values[:, :2].diff(dim=1) * -1)[
+                :, 0
+            ].numpy(),
             is_tie=(ranked[:, 0] == ranked[:, 1]).numpy(),
             silent=silent.numpy(),
             samples=count.numpy(),
@@ -265,9 +272,9 @@ class Classification:
         Source: P1, Figure 7 (there the top 3 %).
         """
         names = self._of_module(module)
-        layer = np.concatenate([
-            np.full(len(self.sites[name].category), self.described[name].layer) for name in names
-        ])
+        layer = np.concatenate(
+            [np.full(len(self.sites[name].category), self.described[name].layer) for name in names]
+        )
         probability = self._probabilities(module)
         wanted = share * len(layer)
         found: dict[Category, dict[int, float]] = {}
@@ -327,7 +334,7 @@ class Classification:
         for name in self._of_module(module):
             site, described = self.sites[name], self.described[name]
             rows = np.arange(len(site.category))
-            columns = {
+            columns: dict[str, object] = {
                 "site": name,
                 "layer": described.layer,
                 "index": rows % described.width,

@@ -22,7 +22,9 @@ class UnknownNameError(NeuronLensError, LookupError):
         near = difflib.get_close_matches(str(name), names, n=5, cutoff=0.4)
         shown = ", ".join(near or names[:12]) + (", ..." if not near and len(names) > 12 else "")
         label = "Closest" if near else "Known"
-        super().__init__(f"No {kind} {str(name)!r}. {label}: {shown or '(none)'}. {advice}".rstrip())
+        super().__init__(
+            f"No {kind} {str(name)!r}. {label}: {shown or '(none)'}. {advice}".rstrip()
+        )
 
 
 class CaptureError(NeuronLensError, RuntimeError):

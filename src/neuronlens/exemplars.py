@@ -99,7 +99,9 @@ class Exemplar:
             large = enlarged(image)
             boxes = stretched(self.tokens.box.numpy()[on].astype(float), large.width / image.width)
             painted.append(
-                Painted(large, modulated(large, boxes, level[on]), heat_map(large, boxes, level[on]))
+                Painted(
+                    large, modulated(large, boxes, level[on]), heat_map(large, boxes, level[on])
+                )
             )
         return painted
 
@@ -108,7 +110,9 @@ class Exemplar:
         pieces, level = self._text(self.level if values is None else values)
         return shaded(pieces, level)
 
-    def _text(self, level: Float[np.ndarray, " token"]) -> tuple[list[str], Float[np.ndarray, " n"]]:
+    def _text(
+        self, level: Float[np.ndarray, " token"]
+    ) -> tuple[list[str], Float[np.ndarray, " n"]]:
         if self.tokens.pieces is None:
             return [], np.zeros(0)
         shown = self.tokens.is_role(*TEXT_ROLES).numpy()
@@ -149,7 +153,9 @@ class Exemplar:
             picture(each, 200, name)
             for painted in self.pictures()
             for name, each in (
-                ("image", painted.image), ("modulated", painted.modulated), ("heat", painted.heat)
+                ("image", painted.image),
+                ("modulated", painted.modulated),
+                ("heat", painted.heat),
             )
         )
         return Html(
@@ -183,10 +189,15 @@ class NeuronExemplars:
                 first = each.pictures()[0]
                 both = Html(picture(first.image, 110) + picture(first.modulated, 110))
                 visual, text = each.maximum_by_modality
-                rows.append((
-                    kind, "random" if each.rank is None else each.rank, both,
-                    f"{visual:.1f} / {text:.1f}", each.shaded_text(),
-                ))
+                rows.append(
+                    (
+                        kind,
+                        "random" if each.rank is None else each.rank,
+                        both,
+                        f"{visual:.1f} / {text:.1f}",
+                        each.shaded_text(),
+                    )
+                )
         return table(
             ["for", "rank", "image, modulated", "largest visual / text", "text"],
             rows,
@@ -270,6 +281,8 @@ def exemplars(
     maxima: dict[NeuronId, float] = {}
     expected: dict[tuple[NeuronId, int], float] = {}
     for number, neuron in enumerate(neurons):
+        shown: list[tuple[str, int | None, int]]
+        tested: list[tuple[str, int | None, int]]
         known = atlas.neuron(neuron)
         maxima[neuron] = max(known.maximum[role] for role in atlas.eligible)
         top = known.positions.tolist()
@@ -294,8 +307,14 @@ def exemplars(
             sample, tokens, activation = recorded[neuron, position]
             groups[kind].append(
                 Exemplar(
-                    neuron, sample, tokens, activation, maxima[neuron],
-                    atlas.choices.text_roles, rank, position,
+                    neuron,
+                    sample,
+                    tokens,
+                    activation,
+                    maxima[neuron],
+                    atlas.choices.text_roles,
+                    rank,
+                    position,
                 )
             )
         made[neuron] = NeuronExemplars(
@@ -348,8 +367,10 @@ def _sample(atlas: Atlas, position: int, samples: Sequence[Sample] | None) -> Sa
     record_id = str(atlas.samples[position].id)
     if position >= len(samples) or samples[position].id != record_id:
         raise UnknownNameError(
-            f"sample at position {position} of those given", record_id,
-            [each.id for each in samples], "Pass the scanned samples in the scanned order.",
+            f"sample at position {position} of those given",
+            record_id,
+            [each.id for each in samples],
+            "Pass the scanned samples in the scanned order.",
         )
     return samples[position]
 

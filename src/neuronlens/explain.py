@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,10 +65,13 @@ class DissectionExplainer:
     words. Language neurons often fire on the token *before* a word, since they write it;
     both places are tried.
 
+    Concepts are what the exemplars' annotations name; for text neurons, which need no mask,
+    every word that is said as well.
+
     Attributes:
         segmenter: Finds concepts in images; by default the samples' annotations.
-        words: By concept, the words that stand for it; by default its name. Concepts are the
-            keys, or else whatever the exemplars' annotations name.
+        words: By concept, the words that stand for it, if not its name. Only these concepts
+            are then tried.
     """
 
     name = "dissection"
@@ -87,7 +91,10 @@ class DissectionExplainer:
         return [self._one(job, known) for job in jobs]
 
     def matches(
-        self, exemplars: Sequence[Exemplar], category: Category, concepts: Sequence[str] | None = None
+        self,
+        exemplars: Sequence[Exemplar],
+        category: Category,
+        concepts: Sequence[str] | None = None,
     ) -> list[Match]:
         """Every concept's fit on these exemplars, best first; undefined fits are left out.
 
@@ -105,7 +112,7 @@ class DissectionExplainer:
         concepts: Sequence[str] | None,
         known: _Predictions,
     ) -> list[Match]:
-        names = concepts if concepts is not None else self._concepts(exemplars)
+        names = concepts if concepts is not None else self._concepts(exemplars, category)
         found = []
         for concept in names:
             visual = text = float("nan")
@@ -114,7 +121,13 @@ class DissectionExplainer:
                 visual = self._visual(exemplars, concept, known)
             if category != "visual":
                 text, predicts = self._text(exemplars, concept, known)
-            sides = [visual] if category == "visual" else [text] if category == "text" else [visual, text]
+            sides = (
+                [visual]
+                if category == "visual"
+                else [text]
+                if category == "text"
+                else [visual, text]
+            )
             r = sum(sides) / len(sides)
             if not math.isnan(r):
                 found.append(Match(concept, r, visual, text, predicts))
@@ -125,7 +138,7 @@ class DissectionExplainer:
             return Failure("no exemplar to explain from")
         found = self._matches(job.exemplars, job.category, None, known)
         if not found:
-            return Failure("no known concept occurs in the exemplars")
+            return Failure("no known concept fits the exemplars (are they annotated?)")
         best = found[0]
         return Explanation(
             sentence=_sentence(best, job.category),
@@ -135,10 +148,13 @@ class DissectionExplainer:
             explainer=self.name,
         )
 
-    def _concepts(self, exemplars: Sequence[Exemplar]) -> list[str]:
+    def _concepts(self, exemplars: Sequence[Exemplar], category: Category) -> list[str]:
         if self.words is not None:
             return sorted(self.words)
-        return sorted(frozenset().union(*(each.sample.concepts() for each in exemplars)))
+        names = frozenset().union(*(each.sample.concepts() for each in exemplars))
+        if category == "text":
+            names |= frozenset().union(*(_words_said(each) for each in exemplars))
+        return sorted(names)
 
     def _words(self, concept: str) -> tuple[str, ...]:
         return (concept,) if self.words is None else self.words[concept]
@@ -154,7 +170,8 @@ class DissectionExplainer:
         if key not in known:
             images = np.unique(exemplar.tokens.image.numpy()[exemplar.visual])
             masks = {
-                int(i): self.segmenter.segment(exemplar.sample, int(i), [concept])[0] for i in images
+                int(i): self.segmenter.segment(exemplar.sample, int(i), [concept])[0]
+                for i in images
             }
             known[key] = exemplar.tokens.coverage(masks).numpy()
         return known[key]
@@ -182,6 +199,12 @@ class DissectionExplainer:
         if key not in known:
             known[key] = exemplar.tokens.words(self._words(concept), shift).numpy()
         return known[key]
+
+
+def _words_said(exemplar: Exemplar) -> set[str]:
+    pieces = exemplar.tokens.pieces or ()
+    said = "".join(p if t else "\n" for p, t in zip(pieces, exemplar.text, strict=True))
+    return set(re.findall(r"\w+", said.lower()))
 
 
 def _pooled(

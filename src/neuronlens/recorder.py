@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -112,9 +111,7 @@ class _Run:
         }
 
 
-def _attended(
-    mask: Any, ids: Int[Tensor, "batch token"], done: int
-) -> Int[Tensor, "batch token"]:
+def _attended(mask: Any, ids: Int[Tensor, "batch token"], done: int) -> Int[Tensor, "batch token"]:
     """1 where a token is attended to, 0 where it is padding.
 
     A static cache comes with one mask per query, boolean or additive: padding is what no
@@ -127,7 +124,8 @@ def _attended(
     if mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask > -1
         mask = seen.any(1).any(1)
-    return mask[:, done : done + ids.shape[1]].to(ids.dtype)
+    attended: Tensor = mask[:, done : done + ids.shape[1]].to(ids.dtype)
+    return attended
 
 
 class ActivationRecorder:

@@ -289,7 +289,10 @@ class SiteStatistics:
         self.roles.update(reduction.maximum[at].cpu(), reduction.total[at].cpu())
         for row in rows:
             self.firing.update(
-                domains[row], block_of(sample_ids[row]), reduction.fired[row].cpu(), reduction.tokens[row]
+                domains[row],
+                block_of(sample_ids[row]),
+                reduction.fired[row].cpu(),
+                reduction.tokens[row],
             )
 
     def merge(self, other: SiteStatistics) -> None:

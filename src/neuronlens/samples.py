@@ -108,7 +108,9 @@ class Sample:
 def image_digest(source: Picture) -> str:
     """SHA-256 of a file's bytes, or of a picture's pixels."""
     if isinstance(source, Image.Image):
-        return hashlib.sha256(repr(source.size).encode() + source.convert("RGB").tobytes()).hexdigest()
+        return hashlib.sha256(
+            repr(source.size).encode() + source.convert("RGB").tobytes()
+        ).hexdigest()
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
@@ -341,9 +343,9 @@ def prepare(
         raise SampleError(
             sample.id,
             "no clear response start",
-            f"with the response, the prompt's last tokens change: "
-            f"{_ending(adapter, asked_ids)} is not how {_ending(adapter, said_ids[: len(asked_ids)])}"
-            " goes on. Start the response with a space or a new word.",
+            f"the prompt alone ends in {_ending(adapter, asked_ids)}, but with the response "
+            f"these tokens become {_ending(adapter, said_ids[: len(asked_ids)])}. Start the "
+            "response with a space or a new word.",
         )
     head, foot = _markers(adapter, asked_ids, len(images), template)
     roles = (
@@ -434,7 +436,9 @@ def collate(adapter: ModelAdapter, prepared: Sequence[Prepared]) -> Batch:
     for each, length in zip(prepared, lengths, strict=True):
         if adapter.max_tokens and length > adapter.max_tokens:
             raise SampleError(
-                each.sample.id, "too long", f"{length} tokens; the model takes {adapter.max_tokens}."
+                each.sample.id,
+                "too long",
+                f"{length} tokens; the model takes {adapter.max_tokens}.",
             )
     tokens = adapter.tokens(inputs, originals)
     role = tokens["language"].role

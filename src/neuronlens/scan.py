@@ -27,9 +27,7 @@ TextRole = Literal["prompt", "response"]
 Placed = tuple[int, Sample]
 
 
-def batch_plan(
-    samples: Iterable[Sample], batch_size: int, window: int
-) -> Iterator[list[Placed]]:
+def batch_plan(samples: Iterable[Sample], batch_size: int, window: int) -> Iterator[list[Placed]]:
     """Batches of samples of like length, each sample with its position.
 
     A pure function of its arguments: within every `window` consecutive samples they are
@@ -69,7 +67,11 @@ class _Scan:
     """The state of a scan: statistics per site, the sample table, what was skipped."""
 
     def __init__(
-        self, adapter: ModelAdapter, sites: Sequence[NeuronSite], choices: Choices, max_skips: int | None
+        self,
+        adapter: ModelAdapter,
+        sites: Sequence[NeuronSite],
+        choices: Choices,
+        max_skips: int | None,
     ) -> None:
         self.adapter = adapter
         self.sites = sites
@@ -103,8 +105,10 @@ class _Scan:
             try:
                 ready.append(
                     prepare(
-                        self.adapter, sample,
-                        template=self.choices.template, response=needs_response,
+                        self.adapter,
+                        sample,
+                        template=self.choices.template,
+                        response=needs_response,
                     )
                 )
             except SampleError as error:
@@ -135,8 +139,11 @@ class _Scan:
             reduction = reductions[site.name]
             if site.name not in self.statistics:
                 self.statistics[site.name] = SiteStatistics(
-                    site.neurons, self.choices.n, self.choices.keep_visual,
-                    self.choices.keep_text, reduction.visual.dtype,
+                    site.neurons,
+                    self.choices.n,
+                    self.choices.keep_visual,
+                    self.choices.keep_text,
+                    reduction.visual.dtype,
                 )
             self.statistics[site.name].update(
                 reduction,
@@ -209,8 +216,12 @@ def scan(
         DataError: If two samples have the same id.
         AdapterError: If the model is in training mode.
     """
-    for name, value in {"n": n, "keep_visual": keep_visual, "keep_text": keep_text,
-                        "batch_size": batch_size}.items():
+    for name, value in {
+        "n": n,
+        "keep_visual": keep_visual,
+        "keep_text": keep_text,
+        "batch_size": batch_size,
+    }.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     adapter.require_eval()

@@ -127,7 +127,7 @@ def shaded(pieces: Sequence[str], level: Values) -> Html:
         title = "" if np.isnan(value) else f' title="{value:.2f}"'
         word = piece.lstrip(" ")
         spans.append(
-            f'{" " * (len(piece) - len(word))}<span{title} '
+            f"{' ' * (len(piece) - len(word))}<span{title} "
             f'style="background:rgba{(*GREEN, round(strength, 3))};color:{ink}">'
             f"{escaped(word)}</span>"
         )
@@ -156,17 +156,22 @@ def figure(
     for row, line in enumerate(words):
         x, y = float(gap), height + 2 * gap + 22 + row * 24
         for piece, value in line:
+            word = piece.lstrip(" ")
+            x += draw.textlength(" " * (len(piece) - len(word)), font=font)
             strength = float(np.clip(np.nan_to_num(value) / 10, 0, 1))
             ground = tuple(round(255 + (c - 255) * strength) for c in GREEN)
-            end = x + draw.textlength(piece, font=font)
+            end = x + draw.textlength(word, font=font)
             draw.rectangle((x, y, end, y + 20), fill=ground)
-            draw.text((x, y), piece, fill="white" if strength > 0.6 else "black", font=font)
+            draw.text((x, y), word, fill="white" if strength > 0.6 else "black", font=font)
             x = end
     return sheet
 
 
 def _lines(
-    pieces: Sequence[str], level: Values, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int
+    pieces: Sequence[str],
+    level: Values,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    width: int,
 ) -> list[list[tuple[str, float]]]:
     lines: list[list[tuple[str, float]]] = [[]]
     used = 0.0
@@ -181,7 +186,7 @@ def _lines(
     return lines
 
 
-def levels(values: Float[np.ndarray, "..."], maximum: float) -> Float[np.ndarray, "..."]:
+def levels(values: Float[np.ndarray, "*axes"], maximum: float) -> Float[np.ndarray, "*axes"]:
     """Raw activations on the 0..10 scale of a neuron with that maximum, not rounded.
 
     Source: P1, appendix A: negative values are 0, the maximum is 10; values above it (a

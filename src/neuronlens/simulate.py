@@ -78,10 +78,10 @@ class MaskSimulator:
     def _covered(self, job: SimulationJob) -> Simulation:
         visual = job.tokens.is_role(Role.VISUAL)
         masks = {
-            int(image): self.segmenter.segment(
-                job.sample, int(image), job.explanation.phrases
-            ).any(0)
-            for image in job.tokens.image[visual].unique()
+            image: np.asarray(
+                self.segmenter.segment(job.sample, image, job.explanation.phrases).any(0)
+            )
+            for image in job.tokens.image[visual].unique().tolist()
         }
         cover = job.tokens.coverage(masks).numpy().astype(float)
         cover[~visual.numpy()] = np.nan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -98,10 +99,15 @@ class NeuronRecord(BaseModel):
         shown = [
             ("category", self.category),
             ("probability", ", ".join(f"{c} {p:.2f}" for c, p in self.probability.items())),
-            ("explanation", self.explanation.sentence if self.explanation else f"none: {self.failure}"),
+            (
+                "explanation",
+                self.explanation.sentence if self.explanation else f"none: {self.failure}",
+            ),
         ]
         if self.score is not None:
-            shown.append(("score beside its null", f"{_text(self.score.value)} / {_text(self.null_mean)}"))
+            shown.append(
+                ("score beside its null", f"{_text(self.score.value)} / {_text(self.null_mean)}")
+            )
             for name, side in (("visual", self.score.visual), ("text", self.score.text)):
                 if side is not None:
                     shown.append((f"r on {name} tokens", side.undefined or _text(side.r)))
@@ -174,14 +180,20 @@ class Study(Mapping[NeuronId, NeuronRecord]):
     def summary(self) -> dict[Category, Summary]:
         """Mean score of each category."""
         return {
-            category: summarise([
-                record.score
-                for record in self.records.values()
-                if record.category == category and record.score is not None
-            ])
+            category: summarise(
+                [
+                    record.score
+                    for record in self.records.values()
+                    if record.category == category and record.score is not None
+                ]
+            )
             for category in CATEGORIES
             if any(record.category == category for record in self.records.values())
         }
+
+    def failures(self) -> dict[str, int]:
+        """How many neurons could not be explained or simulated, by reason."""
+        return dict(Counter(r.failure for r in self.records.values() if r.failure is not None))
 
     def null(self) -> dict[Category, float]:
         """Mean null score of each category, over neurons that have one."""
@@ -234,7 +246,9 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         """
         path = Path(path)
         try:
-            manifest = StudyManifest.model_validate_json((path / "manifest.json").read_text("utf-8"))
+            manifest = StudyManifest.model_validate_json(
+                (path / "manifest.json").read_text("utf-8")
+            )
             records = _read_lines(path / "records.jsonl", NeuronRecord)
             samples = _read_lines(path / "samples.jsonl", SampleTokens)
         except (OSError, ValidationError) as error:
@@ -245,8 +259,14 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         rows = []
         for record in sorted(self.records.values(), key=_falling):
             row = _row(record)
-            rows.append([row["neuron"], row["category"], row["explanation"] or row["failure"],
-                         *(_text(row[name]) for name in ("score", "null", "r_visual", "r_text"))])
+            rows.append(
+                [
+                    row["neuron"],
+                    row["category"],
+                    row["explanation"] or row["failure"],
+                    *(_text(row[name]) for name in ("score", "null", "r_visual", "r_text")),
+                ]
+            )
         means, nulls = self.summary(), self.null()
         said = "; ".join(
             f"{category}: mean score {_text(each.mean)} (null {_text(nulls.get(category))}, "
@@ -353,49 +373,65 @@ def explain_neurons(
         "text": text_simulator or WordSimulator(),
     }
     found = exemplars(
-        adapter, atlas, neurons, explain=explain, held_out=held_out, sampling=sampling,
-        samples=samples, seed=seed, batch_size=batch_size,
+        adapter,
+        atlas,
+        neurons,
+        explain=explain,
+        held_out=held_out,
+        sampling=sampling,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
     )
     category = {neuron: kinds.of(neuron) for neuron in found}
-    said = dict(zip(
-        found,
-        explainer.explain([
-            ExplanationJob(neuron, category[neuron], each.explain) for neuron, each in found.items()
-        ]),
-        strict=True,
-    ))
+    said = dict(
+        zip(
+            found,
+            explainer.explain(
+                [
+                    ExplanationJob(neuron, category[neuron], each.explain)
+                    for neuron, each in found.items()
+                ]
+            ),
+            strict=True,
+        )
+    )
     explained = {n: e for n, e in said.items() if isinstance(e, Explanation)}
     nulls = _null_explanations(explained, category, null_draws, seed)
     trials = [(n, e) for n, e in explained.items()] + [(n, e) for n in nulls for e in nulls[n]]
     results = _score_all([(found[n], category[n], e) for n, e in trials], simulators)
-    own = dict(zip(explained, results, strict=False))
+    own: dict[NeuronId, _Result] = dict(zip(explained, results, strict=False))
     of_null: dict[NeuronId, list[float]] = {neuron: [] for neuron in found}
-    for (neuron, _), (score, _) in zip(trials[len(explained):], results[len(explained):], strict=True):
+    for (neuron, _), (score, _) in zip(
+        trials[len(explained) :], results[len(explained) :], strict=True
+    ):
         if isinstance(score, Score) and score.value is not None:
             of_null[neuron].append(score.value)
 
     records = []
     for neuron, each in found.items():
         answer = said[neuron]
-        score, simulated = own.get(neuron, (answer, []))
-        records.append(NeuronRecord(
-            neuron=str(neuron),
-            stream=adapter.site(neuron.site).stream,
-            category=category[neuron],
-            probability=kinds.probability(neuron),
-            maximum=each.maximum,
-            explanation=explained.get(neuron),
-            score=score if isinstance(score, Score) else None,
-            null=of_null[neuron],
-            failure=score.reason if isinstance(score, Failure) else None,
-            exemplars=[
-                *(_token_record(e, "explain", None) for e in each.explain),
-                *(
-                    _token_record(e, "held_out", simulated[i] if simulated else None)
-                    for i, e in enumerate(each.held_out)
-                ),
-            ],
-        ))
+        score, simulated = own[neuron] if isinstance(answer, Explanation) else (answer, [])
+        records.append(
+            NeuronRecord(
+                neuron=str(neuron),
+                stream=adapter.site(neuron.site).stream,
+                category=category[neuron],
+                probability=kinds.probability(neuron),
+                maximum=each.maximum,
+                explanation=explained.get(neuron),
+                score=score if isinstance(score, Score) else None,
+                null=of_null[neuron],
+                failure=score.reason if isinstance(score, Failure) else None,
+                exemplars=[
+                    *(_token_record(e, "explain", None) for e in each.explain),
+                    *(
+                        _token_record(e, "held_out", simulated[i] if simulated else None)
+                        for i, e in enumerate(each.held_out)
+                    ),
+                ],
+            )
+        )
     manifest = StudyManifest(
         model=atlas.manifest.model.fingerprint,
         model_name=atlas.manifest.model.name,
@@ -422,7 +458,7 @@ def _null_explanations(
     for number, neuron in enumerate(explained):
         others = [n for n in explained if n != neuron and category[n] == category[neuron]]
         rng = np.random.default_rng([seed, 1, number])
-        chosen = rng.choice(len(others), min(draws, len(others)), replace=False) if others else []
+        chosen = rng.permutation(len(others))[:draws]
         drawn[neuron] = [explained[others[i]] for i in chosen]
     return drawn
 
@@ -439,7 +475,9 @@ def _score_all(
     for modality, simulator in simulators.items():
         mine = [i for i, (_, category, _) in enumerate(trials) if modality in _counting(category)]
         jobs = [
-            SimulationJob(trials[i][2], e.sample, e.tokens) for i in mine for e in trials[i][0].held_out
+            SimulationJob(trials[i][2], e.sample, e.tokens)
+            for i in mine
+            for e in trials[i][0].held_out
         ]
         replies = iter(simulator.simulate(jobs))
         for i in mine:

@@ -65,7 +65,9 @@ class TokenMap:
         """The tokens of one sample as a map of one axis, without padding."""
         at = self.where(sample)
         if pieces is not None and len(pieces) != len(at):
-            raise ValueError(f"{len(pieces)} pieces given for {len(at)} tokens: give one per token.")
+            raise ValueError(
+                f"{len(pieces)} pieces given for {len(at)} tokens: give one per token."
+            )
         return TokenMap(
             role=self.role.flatten()[at],
             sample=torch.zeros_like(at),
@@ -121,7 +123,10 @@ class TokenMap:
             ValueError: If the map has no `pieces` (see `of`).
         """
         if self.pieces is None:
-            raise ValueError("This map holds no text. Take one sample's map with its pieces: map.of(sample, pieces).")
+            raise ValueError(
+                "This map holds no text. Take one sample's map with its pieces: "
+                "map.of(sample, pieces)."
+            )
         text = self.is_role(*TEXT_ROLES)
         found = np.zeros(len(self.pieces), np.float32)
         if words:
@@ -152,7 +157,7 @@ def _mean_in_boxes(mask: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArr
         column = np.minimum(x.astype(int), width - 1)
         row = np.minimum(y.astype(int), height - 1)
         right, down = x - column, y - row
-        return (
+        return np.asarray(
             table[row, column] * (1 - right) * (1 - down)
             + table[row, column + 1] * right * (1 - down)
             + table[row + 1, column] * (1 - right) * down
@@ -161,6 +166,10 @@ def _mean_in_boxes(mask: NDArray[np.bool_], boxes: NDArray[np.float64]) -> NDArr
 
     left, top, right, bottom = boxes.T
     inside = (
-        integral(right, bottom) - integral(left, bottom) - integral(right, top) + integral(left, top)
+        integral(right, bottom)
+        - integral(left, bottom)
+        - integral(right, top)
+        + integral(left, top)
     )
-    return inside / np.maximum((right - left) * (bottom - top), 1e-12)
+    area = np.maximum((right - left) * (bottom - top), 1e-12)
+    return np.asarray(inside / area)

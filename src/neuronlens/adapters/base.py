@@ -44,6 +44,7 @@ class ModelAdapter(ABC):
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model = model
         self.processor = processor
+        self._config: Any = model.config
         self.check_model()
         if processor is not None:
             self.check_processor()
@@ -135,7 +136,7 @@ class ModelAdapter(ABC):
     ) -> Int[Tensor, "batch token"]:
         """SPECIAL for the tokenizer's special tokens, PAD where not attended, else PROMPT."""
         special: set[int | None] = set()
-        for config in (self.model.config, self.model.config.get_text_config()):
+        for config in (self._config, self._config.get_text_config()):
             for kind in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value = getattr(config, kind, None)
                 special |= set(value if isinstance(value, list) else [value])
@@ -163,12 +164,12 @@ class ModelAdapter(ABC):
     @property
     def model_type(self) -> str:
         """The name under which the model's family is registered."""
-        return str(self.model.config.model_type)  # type: ignore[union-attr]
+        return str(self._config.model_type)
 
     @property
     def name(self) -> str:
         """What the model was loaded from, or its class."""
-        return str(getattr(self.model.config, "name_or_path", "") or type(self.model).__name__)
+        return str(getattr(self._config, "name_or_path", "") or type(self.model).__name__)
 
     def fingerprint(self) -> str:
         """A digest of the weights: 64 values of every parameter, their shapes and names.
@@ -201,14 +202,18 @@ class ModelAdapter(ABC):
         for module in dict.fromkeys(site.module for site in self.sites.values()):
             sites = self.select(module)
             widths = sorted({site.width for site in sites})
-            rows.append([
-                module,
-                str(len(sites)),
-                ", ".join(f"{width:,}" for width in widths),
-                f"{sum(site.neurons for site in sites):,}",
-                ", ".join(site.name for site in sites if site.inert) or "-",
-            ])
-        title = f"{type(self).__name__} of {self.name} ({self.model_type}, {self.neuron_kind} outputs)"
+            rows.append(
+                [
+                    module,
+                    str(len(sites)),
+                    ", ".join(f"{width:,}" for width in widths),
+                    f"{sum(site.neurons for site in sites):,}",
+                    ", ".join(site.name for site in sites if site.inert) or "-",
+                ]
+            )
+        title = (
+            f"{type(self).__name__} of {self.name} ({self.model_type}, {self.neuron_kind} outputs)"
+        )
         return table(["module", "sites", "width", "neurons", "inert sites"], rows, title)
 
 
@@ -239,7 +244,9 @@ def get(model_type: str) -> type[ModelAdapter]:
             _registry[model_type] = entry.load()
     if model_type not in _registry:
         raise UnknownNameError(
-            "model adapter for model type", model_type, sorted(_registry),
+            "model adapter for model type",
+            model_type,
+            sorted(_registry),
             "To add one: subclass ModelAdapter and register it, see docs/adapters.md.",
         )
     return _registry[model_type]

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neuronlens.errors import AdapterError
 from neuronlens.adapters.base import ImageSize
+from neuronlens.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Placement:
         return moved.float()
 
 
-def resized_and_cropped(image_processor: Any, original: ImageSize, processed: ImageSize) -> Placement:
+def resized_and_cropped(
+    image_processor: Any, original: ImageSize, processed: ImageSize
+) -> Placement:
     """Undo an image processor that resizes, then crops or pads around the centre.
 
     Args:

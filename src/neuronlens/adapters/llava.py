@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from neuronlens.adapters.base import ImageSize, ModelAdapter, register
 from neuronlens.adapters.discover import feed_forward_blocks
@@ -28,7 +29,7 @@ class LlavaAdapter(ModelAdapter):
     """Streams: `vision` [image, CLS + patch], `projector` [image, patch], `language`."""
 
     def check_model(self) -> None:
-        config = self.model.config
+        config = self._config
         self._image_token = int(config.image_token_id)
         self._vision = config.vision_config
         self._strategy = getattr(config, "vision_feature_select_strategy", "default")
@@ -36,24 +37,23 @@ class LlavaAdapter(ModelAdapter):
 
     def check_processor(self) -> None:
         """Compare what processor and model must agree on: the image token, sizes, words."""
-        processor, config = self.processor, self.model.config
+        processor = self.processor
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None or getattr(processor, "image_processor", None) is None:
             raise AdapterError(
                 f"{type(processor).__name__} is not a processor of images and text. "
                 "Load it with AutoProcessor.from_pretrained(...)."
             )
-        words = self.model.get_input_embeddings().num_embeddings
+        words = len(cast(Tensor, cast(PreTrainedModel, self.model).get_input_embeddings().weight))
         side = self._vision.image_size
         crop = getattr(processor.image_processor, "crop_size", None)
         differences = {
             "image token id": (getattr(processor, "image_token_id", None), self._image_token),
             "patch size": (getattr(processor, "patch_size", None), self._vision.patch_size),
-            "image size": (
-                (crop.height, crop.width) if crop else (side, side), (side, side)
-            ),
+            "image size": ((crop.height, crop.width) if crop else (side, side), (side, side)),
             "feature selection": (
-                getattr(processor, "vision_feature_select_strategy", None), self._strategy
+                getattr(processor, "vision_feature_select_strategy", None),
+                self._strategy,
             ),
         }
         said = [
@@ -71,9 +71,12 @@ class LlavaAdapter(ModelAdapter):
 
     def find_sites(self) -> Iterator[NeuronSite]:
         layers = self._vision.num_hidden_layers
-        chosen = self.model.config.vision_feature_layer
+        chosen = self._config.vision_feature_layer
         # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-        read = [k if k >= 0 else layers + 1 + k for k in ([chosen] if isinstance(chosen, int) else chosen)]
+        read = [
+            k if k >= 0 else layers + 1 + k
+            for k in ([chosen] if isinstance(chosen, int) else chosen)
+        ]
         for module, name in _PARTS:
             path = next(p for p, _ in self.model.named_modules() if p.split(".")[-1] == name)
             for block in feed_forward_blocks(self.model.get_submodule(path), path):
@@ -129,10 +132,12 @@ class LlavaAdapter(ModelAdapter):
             )
         owner = torch.repeat_interleave(torch.arange(len(ids)), counts // per_image)
         number = torch.cat([torch.arange(int(n)) for n in counts // per_image])
-        boxes = torch.stack([
-            self._place(cells, processed, int(who), int(which), originals)
-            for who, which in zip(owner, number, strict=True)
-        ])
+        boxes = torch.stack(
+            [
+                self._place(cells, processed, int(who), int(which), originals)
+                for who, which in zip(owner, number, strict=True)
+            ]
+        )
         with_cls = torch.cat([torch.full_like(boxes[:, :1], float("nan")), boxes], 1)
         seen = boxes if self._strategy != "full" else with_cls
         box[visual] = seen.flatten(0, 1)
@@ -140,9 +145,13 @@ class LlavaAdapter(ModelAdapter):
         # With the CLS token passed on ("full"), its placeholder sees no single region.
         cls = torch.zeros(images, per_image, dtype=torch.bool)
         cls[:, 0] = self._strategy == "full"
-        role[visual] = torch.where(cls.flatten(), int(Role.SPECIAL), int(Role.VISUAL)).to(role.dtype)
+        role[visual] = torch.where(cls.flatten(), int(Role.SPECIAL), int(Role.VISUAL)).to(
+            role.dtype
+        )
         streams["vision"] = _image_rows(with_cls, owner, number, first_is_cls=True)
-        streams["projector"] = _image_rows(seen, owner, number, first_is_cls=self._strategy == "full")
+        streams["projector"] = _image_rows(
+            seen, owner, number, first_is_cls=self._strategy == "full"
+        )
         return streams
 
     def _images(self, inputs: Mapping[str, Any], placeholders: int) -> tuple[int, ImageSize]:

@@ -83,9 +83,15 @@ def report(
         raise MissingExtraError("jinja2", "report", "A report") from None
     controls = controls or {}
     runs = {"this model": Control(kinds, study), **controls}
-    classified = {name: run.kinds for name, run in runs.items() if run.kinds is not kinds or name == "this model"}
+    classified = {
+        name: run.kinds
+        for name, run in runs.items()
+        if run.kinds is not kinds or name == "this model"
+    }
     template = files("neuronlens.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(template)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+        template
+    )
     text = page.render(
         title=title,
         note=note,
@@ -127,7 +133,9 @@ def _written(out: Path, text: str) -> Path:
         working.write_text(text, encoding="utf-8")
         return working.replace(out / "index.html")
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}. Choose another folder.") from error
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
 
 
 __all__ = ["Control", "report"]

@@ -118,8 +118,11 @@ def _modulated(
     image: Image.Image, tokens: SampleTokens, level: Float[np.ndarray, " token"]
 ) -> Image.Image:
     large = enlarged(image)
-    on = [i for i, (image_number, box) in enumerate(zip(tokens.image, tokens.box, strict=True))
-          if image_number == 0 and box is not None]
+    on = [
+        i
+        for i, (image_number, box) in enumerate(zip(tokens.image, tokens.box, strict=True))
+        if image_number == 0 and box is not None
+    ]
     boxes = np.array([tokens.box[i] for i in on], float).reshape(-1, 4)
     return modulated(large, stretched(boxes, large.width / image.width), level[on])
 

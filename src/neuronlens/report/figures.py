@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -43,11 +43,11 @@ def _svg(figure: Figure, name: str, alt: str) -> Html:
 
     buffer = io.StringIO()
     # Ids are salted by name, so that several figures in one page do not share any.
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
     with mpl.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return Html(f'<figure role="img" aria-label="{alt}">{text[text.index("<svg"):]}</figure>')
+    return Html(f'<figure role="img" aria-label="{alt}">{text[text.index("<svg") :]}</figure>')
 
 
 def shares(runs: Mapping[str, Classification]) -> Html:
@@ -58,11 +58,20 @@ def shares(runs: Mapping[str, Classification]) -> Html:
     left = np.zeros(len(names))
     for category in CATEGORIES:
         width = np.array([runs[name].shares()[category] for name in names]) * 100
-        axes.barh(names, width, left=left, color=COLOURS[category], label=NAMES[category], height=0.62)
+        axes.barh(
+            names, width, left=left, color=COLOURS[category], label=NAMES[category], height=0.62
+        )
         for row, (start, value) in enumerate(zip(left, width, strict=True)):
             if value >= 4:
-                axes.text(start + value / 2, row, f"{value:.0f} %" if value >= 6 else f"{value:.0f}",
-                          ha="center", va="center", color="white", fontsize=9)
+                axes.text(
+                    start + value / 2,
+                    row,
+                    f"{value:.0f} %" if value >= 6 else f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=9,
+                )
         left += width
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -84,8 +93,14 @@ def histograms(runs: Mapping[str, Classification]) -> Html:
             if number == 0:
                 axes.stairs(percent, edges, fill=True, color=COLOURS[category], label=name)
             else:
-                axes.stairs(percent, edges, color="#1c2530", linewidth=1.2,
-                            linestyle=("-", "--", ":")[(number - 1) % 3], label=name)
+                axes.stairs(
+                    percent,
+                    edges,
+                    color="#1c2530",
+                    linewidth=1.2,
+                    linestyle=("-", "--", ":")[(number - 1) % 3],
+                    label=name,
+                )
         axes.set_title(f"p of {NAMES[category]}", fontsize=10)
         axes.set_xlim(0, 1)
         axes.set_yscale("symlog", linthresh=1)
@@ -95,7 +110,9 @@ def histograms(runs: Mapping[str, Classification]) -> Html:
     panels[0].set_ylabel("% of neurons", fontsize=9, color=_GREY)
     handles, labels = panels[-1].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        )
     return _svg(figure, "histograms", "Histograms of the four probabilities")
 
 
@@ -113,6 +130,6 @@ def layers(kinds: Classification, share: float) -> Html:
     return _svg(figure, "layers", "Neurons per layer and category")
 
 
-def _plain(axes: object) -> None:
-    axes.spines[["top", "right"]].set_visible(False)  # type: ignore[attr-defined]
-    axes.tick_params(labelsize=8, colors=_GREY)  # type: ignore[attr-defined]
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_GREY)

@@ -14,9 +14,7 @@ from neuronlens.samples import Annotation, Sample
 class Segmenter(Protocol):
     """Finds what a phrase names in an image."""
 
-    def segment(
-        self, sample: Sample, image: int, phrases: Sequence[str]
-    ) -> NDArray[np.bool_]:
+    def segment(self, sample: Sample, image: int, phrases: Sequence[str]) -> NDArray[np.bool_]:
         """Masks `[phrase, height, width]` in the original image's pixels.
 
         A phrase that names nothing in the image has an empty mask.
@@ -31,9 +29,7 @@ class AnnotationSegmenter:
     as a name: "red circle" is what is both red and a circle.
     """
 
-    def segment(
-        self, sample: Sample, image: int, phrases: Sequence[str]
-    ) -> NDArray[np.bool_]:
+    def segment(self, sample: Sample, image: int, phrases: Sequence[str]) -> NDArray[np.bool_]:
         """Masks `[phrase, height, width]`; empty where no annotation fits the phrase."""
         here = [each for each in sample.annotations if each.image == image]
         if here:

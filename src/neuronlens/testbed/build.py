@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from tokenizers import Tokenizer
@@ -100,7 +100,8 @@ def config() -> LlavaConfig:
         bos_token_id=ids["<bos>"],
         eos_token_id=ids["<eos>"],
     )
-    return LlavaConfig(
+    llava: Any = LlavaConfig
+    made: LlavaConfig = llava(
         vision_config=vision,
         text_config=text,
         image_token_index=ids["<image>"],
@@ -112,10 +113,12 @@ def config() -> LlavaConfig:
         bos_token_id=ids["<bos>"],
         eos_token_id=ids["<eos>"],
     )
+    return made
 
 
 def untrained(seed: int = 0) -> LlavaForConditionalGeneration:
     """The same model with random weights: the control every finding stands beside."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(config()).eval()
+        model: LlavaForConditionalGeneration = LlavaForConditionalGeneration(config()).eval()
+        return model

@@ -62,14 +62,16 @@ def write(folder: str | Path, n: int, seed: int = 0) -> Path:
         Image.fromarray(scene.image).save(folder / image)
         Image.fromarray(scene.labels).save(folder / mask)
         lines.append(
-            json.dumps({
-                "id": f"scene-{seed}-{index}",
-                "image": image,
-                "prompt": PROMPT,
-                "response": scene.caption,
-                "domain": scene.texture,
-                "annotations": [{"labels": mask, "names": scene.names}],
-            })
+            json.dumps(
+                {
+                    "id": f"scene-{seed}-{index}",
+                    "image": image,
+                    "prompt": PROMPT,
+                    "response": scene.caption,
+                    "domain": scene.texture,
+                    "annotations": [{"labels": mask, "names": scene.names}],
+                }
+            )
         )
     path = folder / "samples.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

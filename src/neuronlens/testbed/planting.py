@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from neuronlens.hooks import hooked
 from neuronlens.neurons import NeuronId
 from neuronlens.samples import encode
 from neuronlens.testbed.files import scenes
-from neuronlens.testbed.world import CONCEPTS
+from neuronlens.testbed.world import CONCEPTS, SIZE
 from neuronlens.tokens import Role
 
 Kind = Literal["visual", "text", "multimodal", "silent"]
@@ -131,7 +131,8 @@ def _examples(
             by_concept = {}
             for concept in {c for spec in specs for c in spec.concepts}:
                 mask = np.any(
-                    [a.mask() for a in sample.annotations if concept in a.names] or [np.zeros((64, 64))],
+                    [a.mask() for a in sample.annotations if concept in a.names]
+                    or [np.zeros((SIZE, SIZE), np.bool_)],
                     axis=0,
                 )
                 cover = tokens.coverage({0: mask}).nan_to_num(0.0)
@@ -168,10 +169,10 @@ def graft(
         The copy, and the truth about each new neuron.
     """
     planted = len(specs)
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     old = config.text_config.intermediate_size
     config.text_config.intermediate_size = old + planted
-    wide = LlavaForConditionalGeneration(config).to(next(model.parameters()).dtype).eval()
+    wide = LlavaForConditionalGeneration(config).eval()
     state = model.state_dict()
     rng = np.random.default_rng([seed, 2])
     truth: list[PlantedNeuron] = []

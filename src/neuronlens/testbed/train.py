@@ -12,8 +12,9 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -130,8 +131,12 @@ def train_vision(model: LlavaForConditionalGeneration, corpus: Corpus, steps: in
             colour, shape, texture = (head(hidden) for head in heads)
             texture = texture.mean(1)
         losses = (
-            F.cross_entropy(colour.flatten(0, 1).float(), _with_ground(corpus.colour[rows], 6).flatten()),
-            F.cross_entropy(shape.flatten(0, 1).float(), _with_ground(corpus.shape[rows], 6).flatten()),
+            F.cross_entropy(
+                colour.flatten(0, 1).float(), _with_ground(corpus.colour[rows], 6).flatten()
+            ),
+            F.cross_entropy(
+                shape.flatten(0, 1).float(), _with_ground(corpus.shape[rows], 6).flatten()
+            ),
             F.cross_entropy(texture.float(), corpus.texture[rows]),
         )
         _step(optimizer, parameters, sum(losses, torch.zeros(())))
@@ -188,10 +193,13 @@ def train_jointly(
             named = logits[seen].float().log_softmax(-1)
             colour, shape = corpus.colour[rows].flatten(), corpus.shape[rows].flatten()
             on = colour != GROUND
-            naming = -(
-                named[on].gather(1, colours[colour[on]][:, None])
-                + named[on].gather(1, shapes[shape[on]][:, None])
-            ).mean() / 2
+            naming = (
+                -(
+                    named[on].gather(1, colours[colour[on]][:, None])
+                    + named[on].gather(1, shapes[shape[on]][:, None])
+                ).mean()
+                / 2
+            )
             firing = torch.stack(fired).float().mean()
             _step(optimizer, parameters, text + 0.2 * naming + 0.1 * firing)
             if step % 50 == 0 or step == steps - 1:
@@ -220,15 +228,21 @@ def held_out_accuracy(
             [scene.image for scene in scenes[start : start + 50]], return_tensors="pt"
         )["pixel_values"]
         ids = torch.tensor([tokenizer.encode(prompt)] * len(pixels))
-        out = model.generate(
-            input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids),
-            do_sample=False, max_new_tokens=80,
+        out = cast(Any, model).generate(
+            input_ids=ids,
+            pixel_values=pixels,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=80,
         )
         captions += tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    right = [_named(text) == sorted((o.colour, o.shape) for o in scene.objects)
-             for text, scene in zip(captions, scenes, strict=True)]
-    texture = [f"{scene.texture} background" in text
-               for text, scene in zip(captions, scenes, strict=True)]
+    right = [
+        _named(text) == sorted((o.colour, o.shape) for o in scene.objects)
+        for text, scene in zip(captions, scenes, strict=True)
+    ]
+    texture = [
+        f"{scene.texture} background" in text for text, scene in zip(captions, scenes, strict=True)
+    ]
     whole = [text == scene.caption for text, scene in zip(captions, scenes, strict=True)]
     return {
         "objects": float(np.mean(right)),
@@ -240,8 +254,7 @@ def held_out_accuracy(
 def _named(caption: str) -> list[tuple[str, str]]:
     """(colour, shape) pairs of a caption's first sentence."""
     words = caption.split(" on a ")[0].split()
-    return sorted((a, b) for a, b in zip(words, words[1:], strict=False)
-                  if a in COLOURS and b in SHAPES)
+    return sorted((a, b) for a, b in pairwise(words) if a in COLOURS and b in SHAPES)
 
 
 def train(out: Path, scenes: int = 30_000, effort: float = 1.0, seed: int = 0) -> dict[str, float]:
@@ -260,7 +273,11 @@ def train(out: Path, scenes: int = 30_000, effort: float = 1.0, seed: int = 0) -
     corpus = Corpus(processor, scenes, SCENE_SEED)
     print(f"{scenes} scenes in {time.perf_counter() - started:.0f} s", flush=True)
     model = build.untrained(seed).train()
-    steps = {"vision": int(900 * effort), "language": int(200 * effort), "joint": int(2000 * effort)}
+    steps = {
+        "vision": int(900 * effort),
+        "language": int(200 * effort),
+        "joint": int(2000 * effort),
+    }
     train_vision(model, corpus, steps["vision"])
     train_language(model, corpus, steps["language"])
     train_jointly(model, corpus, steps["joint"], processor.tokenizer.get_vocab())
@@ -272,8 +289,12 @@ def train(out: Path, scenes: int = 30_000, effort: float = 1.0, seed: int = 0) -
     processor.save_pretrained(out)
     save_file({"rows": rows}, out / "planted.safetensors")
     record = {
-        "steps": steps, "scenes": scenes, "seed": seed, "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - started), "held_out": accuracy,
+        "steps": steps,
+        "scenes": scenes,
+        "seed": seed,
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - started),
+        "held_out": accuracy,
     }
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

@@ -70,8 +70,10 @@ class Scene:
                 f"the {a.colour} {a.shape} is {relation(a, b)} the {b.colour} {b.shape} ."
             )
         many = len(self.objects)
-        sentences.append(f"there {'is' if many == 1 else 'are'} {NUMBERS[many - 1]} "
-                         f"object{'' if many == 1 else 's'} .")
+        sentences.append(
+            f"there {'is' if many == 1 else 'are'} {NUMBERS[many - 1]} "
+            f"object{'' if many == 1 else 's'} ."
+        )
         return " ".join(sentences)
 
     @property
@@ -169,16 +171,16 @@ def _distance(shape: str, x: float, y: float, r: float) -> NDArray[np.float64]:
         return np.maximum(abs(u), abs(v)) - 0.8 * r
     if shape == "triangle":
         half, down = 0.866 * abs(u), 0.5 * v
-        return np.maximum(half - down - 0.5 * r, v - 0.6 * r)
+        return np.asarray(np.maximum(half - down - 0.5 * r, v - 0.6 * r))
     if shape == "diamond":
-        return (abs(u) + abs(v) - r) / np.sqrt(2)
+        return np.asarray((abs(u) + abs(v) - r) / np.sqrt(2))
     if shape == "cross":
         bar = 0.32 * r
         upright = np.maximum(abs(u) - bar, abs(v) - r)
         level = np.maximum(abs(u) - r, abs(v) - bar)
         return np.minimum(upright, level)
     if shape == "ring":
-        return abs(np.hypot(u, v) - 0.72 * r) - 0.28 * r
+        return np.asarray(abs(np.hypot(u, v) - 0.72 * r) - 0.28 * r)
     raise ValueError(f"No shape {shape!r}. Known: {', '.join(SHAPES)}.")
 
 

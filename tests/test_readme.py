@@ -1,0 +1,62 @@
+"""The README's job, executed as it stands, on the testbed's files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import neuronlens as nl
+from neuronlens import testbed
+
+ROOT = Path(__file__).parent.parent
+
+
+def block(language: str) -> str:
+    """The README's blocks of a language, as one text."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
+
+
+@pytest.mark.parametrize("form", ["conversations", "jsonl"])
+def test_the_readme_example_runs_unchanged_on_either_kind_of_file(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    testbed.write("data", 60, seed=3)
+    code = block("python").replace('"llava-hf/llava-1.5-7b-hf"', repr(str(testbed.FOLDER)))
+    if form == "jsonl":
+        code = code.replace('"detail_23k.json", images="train2017"', '"data/samples.jsonl"')
+    else:
+        Path("train2017").symlink_to("data/images")
+        rows = [json.loads(line) for line in Path("data/samples.jsonl").read_text().splitlines()]
+        records = [
+            {
+                "id": row["id"],
+                "image": Path(row["image"]).name,
+                "conversations": [
+                    {"from": "human", "value": f"<image>\n{row['prompt']}"},
+                    {"from": "gpt", "value": row["response"]},
+                ],
+            }
+            for row in rows
+        ]
+        Path("detail_23k.json").write_text(json.dumps(records))
+    exec(compile(code, "README.md", "exec"), {})
+    study = nl.Study.open("study")
+    assert len(study) > 5
+    if form == "jsonl":
+        assert not study.failures()
+    page = Path("page/index.html").read_text(encoding="utf-8")
+    assert all(record.neuron in page for record in list(study.values())[:1])
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    command = next(line for line in block("bash").splitlines() if line.endswith("nox -s tests"))
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_nothing_says_to_install_the_unrelated_project():
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").iterdir()]
+    for path in texts:
+        assert not re.search(r"pip install[^\n]*\bneuronlens\b", path.read_text("utf-8")), path
