@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
@@ -233,7 +234,7 @@ class _Columns:
 
     def take(self, site: NeuronSite, activation: Tensor, tokens: TokenMap) -> None:
         columns = torch.tensor(self._rows[site.name], device=activation.device)
-        flat = activation.reshape(-1, activation.shape[-1])
+        flat = rearrange(activation, "... neuron -> (...) neuron")
         self.kept[site.name] = flat[:, columns].float().cpu()
         self.maps[site.name] = tokens
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def reduce(
         keep_text: How many of the largest eligible text activations.
     """
     # Adding zero turns -0.0 into 0.0, which would otherwise depend on the order of merging.
-    flat = activation.reshape(-1, activation.shape[-1]) + 0
+    flat = rearrange(activation, "... neuron -> (...) neuron") + 0
     visual, text, maximum, fired, total, count, finite = [], [], [], [], [], [], []
     for roles, eligible in zip(layout.positions, layout.eligible_text, strict=True):
         by_role = [flat[roles[role]] for role in COUNTED]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from neuronlens.adapters.base import ImageSize, ModelAdapter, register
 from neuronlens.adapters.discover import feed_forward_blocks
@@ -44,7 +43,8 @@ class LlavaAdapter(ModelAdapter):
                 f"{type(processor).__name__} is not a processor of images and text. "
                 "Load it with AutoProcessor.from_pretrained(...)."
             )
-        words = len(cast(Tensor, cast(PreTrainedModel, self.model).get_input_embeddings().weight))
+        model: Any = self.model
+        words = model.get_input_embeddings().num_embeddings
         side = self._vision.image_size
         crop = getattr(processor.image_processor, "crop_size", None)
         differences = {
