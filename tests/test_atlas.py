@@ -272,6 +272,7 @@ def test_a_new_folder_appears_only_when_the_block_ended_well(tmp_path):
         (folder / "file").write_text("x")
         assert not out.exists()
     assert (out / "file").read_text() == "x"
+    assert out.stat().st_mode & 0o755 == 0o755  # not for its owner alone
     assert [each.name for each in out.parent.iterdir()] == ["out"]
 
 

@@ -16,6 +16,8 @@ from handmade import open_atlas, statistics
 from neuronlens.classify import CATEGORIES, NeuronClassifier, top_weights
 from neuronlens.errors import RescanError, UnknownNameError
 from neuronlens.neurons import NeuronId
+from neuronlens.running import COUNTED
+from neuronlens.tokens import Role
 
 MADE = "language.0"
 
@@ -86,6 +88,17 @@ def test_one_maximum_or_one_per_role_by_hand(tmp_path, maximum, expected):
     neuron = {0: ([1.0, 1.0], [10.0, 10.0])}
     kinds = classified(tmp_path / "a", [neuron], NeuronClassifier(n_v=1, n_t=1, maximum=maximum))
     assert kinds.of(NeuronId(MADE, 0)) == expected
+
+
+def test_only_eligible_roles_set_the_scale(tmp_path):
+    made = statistics([{0: ([3.0, 3.0], [3.0, 3.0])}])
+    for role in (Role.PROMPT, Role.SPECIAL):
+        made.roles.maximum[COUNTED.index(role)] = 100.0
+    found = NeuronClassifier(n_v=1, n_t=1).classify(open_atlas(tmp_path / "a", {MADE: made}))
+    assert shares(found) == (0, 0, 1, 0)
+    both = (Role.PROMPT, Role.RESPONSE)
+    wider = open_atlas(tmp_path / "b", {MADE: made}, text_roles=both)
+    assert shares(NeuronClassifier(n_v=1, n_t=1).classify(wider)) == (0, 0, 0, 1)
 
 
 def test_thresholds_on_counts_are_strict(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -7,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 import neuronlens as nl
 from handmade import NEURON, exemplar, scene, token_map
-from neuronlens.errors import AtlasError, OutputError, SampleError, UnknownNameError
+from neuronlens.errors import AdapterError, AtlasError, OutputError, SampleError, UnknownNameError
 from neuronlens.exemplars import EXPLAIN_RANKS, HELD_OUT_RANKS, NeuronExemplars
 from neuronlens.neurons import NeuronId
 from neuronlens.samples import encode
@@ -162,6 +164,14 @@ def test_an_unknown_way_of_sampling_is_refused(vlm, atlas, scenes):
 def test_a_model_with_other_weights_is_refused(untrained_vlm, atlas, scenes):
     with pytest.raises(AtlasError, match="other weights"):
         nl.exemplars(untrained_vlm, atlas, NEURONS, samples=scenes)
+
+
+def test_a_model_in_training_mode_is_refused(bed, atlas, scenes):
+    model = copy.deepcopy(bed.model)
+    model.model.multi_modal_projector.extra = nn.Dropout(0.1)
+    adapter = nl.adapt(model.train(), bed.processor)
+    with pytest.raises(AdapterError, match="training mode"):
+        nl.exemplars(adapter, atlas, NEURONS, samples=scenes)
 
 
 def test_activations_that_differ_from_the_scan_are_warned_of(vlm, atlas, scenes):

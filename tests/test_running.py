@@ -370,6 +370,17 @@ def test_means_are_exact_under_merging_and_near_the_true_mean(values, order):
     assert mean == pytest.approx(math.fsum(values) / len(values), abs=0.5 / FIXED_POINT)
 
 
+def test_sums_are_rounded_to_the_nearest_step_and_added_in_double_precision():
+    steps = torch.tensor([[0.75], [-0.75], [0.25]]) / FIXED_POINT
+    for step, expected in zip(steps, (1, -1, 0), strict=True):
+        one = reduced(step[None], token_map("v"))
+        assert one.total[0, COUNTED.index(Role.VISUAL)].tolist() == [expected]
+    # In float32, adding 2**-10 to 2**14 changes nothing.
+    many = torch.tensor([[2.0**14], *[[2.0**-10]] * 1024])
+    one = reduced(many, token_map("v" * 1025))
+    assert one.total[0, COUNTED.index(Role.VISUAL)].tolist() == [(2**14 + 1) * FIXED_POINT]
+
+
 def test_firing_is_counted_by_domain_block_and_role():
     counts = FiringCounts(1)
     counts.update("road", 3, torch.tensor([[0], [1], [2], [3]]), torch.tensor([1, 1, 2, 5]))

@@ -64,10 +64,11 @@ def test_levels_lie_between_0_and_10_and_keep_the_order(values, maximum):
 
 
 def test_painting_by_hand():
+    # The third box lies over both others, but is less active; the last two show nothing.
     canvas = painted(
         (4, 2),
-        boxes([0, 0, 2, 2], [1, 0, 3, 1], [NAN] * 4, [3, 1, 4, 2]),
-        np.array([2.0, 5.0, 10.0, NAN]),
+        boxes([0, 0, 2, 2], [1, 0, 3, 1], [0, 0, 3, 1], [NAN] * 4, [3, 1, 4, 2]),
+        np.array([2.0, 5.0, 1.0, 10.0, NAN]),
     )
     np.testing.assert_allclose(canvas, [[0.2, 0.5, 0.5, 0.0], [0.2, 0.2, 0.0, 0.0]])
 

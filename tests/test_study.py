@@ -355,6 +355,29 @@ def test_an_explanation_without_a_phrase_fails_by_name(vlm, atlas, kinds, neuron
             assert record.score is None
 
 
+def test_a_neuron_of_a_stream_without_text_is_scored_on_what_it_has(bed, scenes, tmp_path):
+    vlm = nl.adapt(bed.model, bed.processor)
+    atlas = nl.scan(vlm, scenes, out=tmp_path / "atlas", sites=["vision.2", "language.3"], n=20)
+    kinds = nl.NeuronClassifier(**testbed.READINGS).classify(atlas)
+    neurons = [
+        *kinds.select("unknown", module="vision", n=1),
+        *kinds.select("visual", module="vision", n=1),
+        *kinds.select("text", n=1),
+    ]
+    assert len(neurons) == 3
+    study = nl.explain_neurons(vlm, atlas, neurons, kinds=kinds, samples=scenes, explainer=Named())
+    for neuron, record in study.items():
+        assert record.failure is None
+        assert record.score is not None
+        tokens = study.samples[record.exemplars[0].position, record.stream]
+        if neuron.site == "vision.2":
+            assert (record.stream, len(tokens.role), tokens.pieces) == ("vision", 65, None)
+            assert tokens.box[0] is None  # CLS sees no single region
+            assert record.score.value == record.score.visual.counted
+    shown = study._repr_html_()
+    assert all(str(neuron) in shown for neuron in neurons)
+
+
 @pytest.mark.parametrize("change", ["one too few", "one too many"])
 @pytest.mark.parametrize("who", ["explainer", "simulator"])
 def test_replies_that_are_not_one_per_job_are_refused(vlm, atlas, kinds, neurons, who, change):

@@ -15,7 +15,7 @@ from neuronlens.show import Html, enlarged, levels, modulated, picture, shaded, 
 from neuronlens.study import NeuronRecord, SampleTokens, Study, TokenRecord
 from neuronlens.tokens import TEXT_ROLES, Role
 
-PICTURE = 168
+PICTURE = 164
 """Width of a card's pictures in CSS pixels."""
 
 
