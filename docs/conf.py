@@ -12,7 +12,7 @@ import neuronlens as nl
 
 project = "neuronlens"
 author = "the neuronlens authors"
-copyright = f"{author}; Apache License 2.0"  # noqa: A001 - Sphinx reads this name
+copyright = f"{author}; Apache License 2.0"
 release = version = installed_version("neuronlens-vlm")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuronlens.errors import NeuronLensError, UnknownNameError
@@ -13,6 +13,7 @@ site_names = st.text(st.characters(exclude_characters="/"), min_size=1, max_size
 numbers = st.integers(0, 10**6)
 
 
+@settings(deadline=None)
 @given(site_names, numbers, st.none() | numbers)
 def test_a_written_neuron_is_read_back_as_itself(site, index, expert):
     neuron = NeuronId(site, index, expert)
@@ -52,6 +53,7 @@ def site(width: int = 4, experts: int = 0, **more) -> NeuronSite:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 5))
 def test_rows_number_a_sites_neurons_from_0_without_a_gap_expert_by_expert(width, experts):
     here = site(width, experts)

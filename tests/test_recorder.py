@@ -230,6 +230,13 @@ def test_only_the_chosen_sites_are_recorded(vlm, asked, sites):
     assert list(recorder.activations) == list(recorder.sites) == wanted
 
 
+def test_a_sink_is_handed_activations_without_their_history(vlm, asked):
+    sink = Kept()
+    with nl.record(vlm, None, sink, asked.tokens):
+        vlm.model(**asked.inputs)
+    assert not any(activation.requires_grad for activation in sink.activations.values())
+
+
 def test_a_name_that_is_no_site_is_refused_before_anything_runs(vlm):
     with pytest.raises(UnknownNameError, match=r"Closest: .*language\.3"):
         nl.ActivationRecorder(vlm, "language.4")
@@ -458,6 +465,16 @@ def test_a_loop_of_ones_own_with_a_cache_is_recorded_as_one_sequence(vlm, asked)
                 out = vlm.model(input_ids=grown[:, -1:], past_key_values=cache)
         assert_recorded(recorder.activations, by_hand(vlm.model, grown, pixels))
         assert recorder.tokens["language"].role.shape == grown.shape
+
+
+@torch.inference_mode()
+def test_a_loop_of_ones_own_without_a_cache_keeps_every_token_and_image_once(vlm, asked):
+    grown, pixels = asked.inputs["input_ids"], asked.inputs["pixel_values"]
+    with nl.ActivationRecorder(vlm, None) as recorder:
+        for _ in range(3):
+            out = vlm.model(input_ids=grown, pixel_values=pixels, use_cache=False)
+            grown = torch.cat([grown, out.logits[:, -1:].argmax(-1)], 1)
+    assert_recorded(recorder.activations, by_hand(vlm.model, grown[:, :-1], pixels))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -54,6 +54,7 @@ def masks_and_boxes(draw, beyond: int = 0):
     return mask, draw(st.lists(spans, min_size=1, max_size=4))
 
 
+@settings(deadline=None)
 @given(masks_and_boxes(beyond=2))
 def test_coverage_of_a_fractional_box_is_what_counting_subpixels_gives(case):
     mask, spans = case
@@ -66,6 +67,7 @@ def test_coverage_of_a_fractional_box_is_what_counting_subpixels_gives(case):
     torch.testing.assert_close(share, torch.tensor(counted).float(), atol=1e-6, rtol=0)
 
 
+@settings(deadline=None)
 @given(masks_and_boxes())
 def test_a_mask_and_its_complement_share_every_box_inside_the_image(case):
     mask, spans = case
@@ -76,6 +78,7 @@ def test_a_mask_and_its_complement_share_every_box_inside_the_image(case):
     torch.testing.assert_close(whole, torch.ones(len(spans)), atol=1e-6, rtol=0)
 
 
+@settings(deadline=None)
 @given(masks, st.integers(1, 5), st.integers(1, 5))
 def test_boxes_that_tile_the_image_share_out_the_whole_mask(mask, columns, rows):
     height, width = mask.shape
@@ -161,6 +164,7 @@ def test_every_occurrence_of_every_word_is_marked():
     assert tokens.words(["the", "cat"]).tolist() == [1, 0, 0, 1, 1, 1]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([" a", " b", " c", "a"]), min_size=1, max_size=7),
     st.lists(st.sampled_from(["a", "b", "a b", "b c", "a b c", "a a"]), max_size=4),
@@ -176,6 +180,7 @@ def test_a_list_of_words_marks_what_its_words_mark_one_by_one(pieces, words, shi
     torch.testing.assert_close(tokens.words(words, shift), one_by_one, atol=0, rtol=0)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from([" a", " b", "b", " c"]), min_size=1, max_size=8),
     st.sampled_from([0, -1]),

@@ -205,7 +205,7 @@ class Atlas:
         path = Path(path)
         try:
             text = (path / "manifest.json").read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise AtlasError(
                 f"{path} is no atlas: it has no manifest.json. Scans write one last, so an "
                 "interrupted scan leaves none; scan again."
@@ -361,6 +361,20 @@ def site_file(site: str) -> str:
     return f"sites/{site}.safetensors"
 
 
+def require_free(out: str | Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        OutputError: If `out` exists and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"{out} exists already and would be overwritten. Choose another folder, or open what "
+            "is there."
+        )
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder that appears at `out` only when the block has ended well.
@@ -369,11 +383,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         OutputError: At the start, if `out` exists and is not empty, or cannot be made.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(
-            f"{out} exists already and would be overwritten. Choose another folder, or open what "
-            "is there with Atlas.open."
-        )
+    require_free(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

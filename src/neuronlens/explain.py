@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -56,6 +56,24 @@ class Match:
     visual: float
     text: float
     predicts: bool
+
+
+Modality = Literal["visual", "text"]
+
+
+def modalities(category: Category, exemplars: Sequence[Exemplar]) -> tuple[Modality, ...]:
+    """On which tokens a neuron is explained and scored: those of its category.
+
+    Both for multi-modal and unknown neurons, if the neuron's stream has both.
+    """
+    if category == "visual" or category == "text":
+        return (category,)
+    present: list[Modality] = []
+    if any(each.visual.any() for each in exemplars):
+        present.append("visual")
+    if any(each.text.any() for each in exemplars):
+        present.append("text")
+    return tuple(present)
 
 
 class DissectionExplainer:
@@ -113,25 +131,20 @@ class DissectionExplainer:
         known: _Predictions,
     ) -> list[Match]:
         names = concepts if concepts is not None else self._concepts(exemplars, category)
+        counts = modalities(category, exemplars)
         found = []
         for concept in names:
             visual = text = float("nan")
             predicts = False
-            if category != "text":
+            if "visual" in counts:
                 visual = self._visual(exemplars, concept, known)
-            if category != "visual":
+            if "text" in counts:
                 text, predicts = self._text(exemplars, concept, known)
-            sides = (
-                [visual]
-                if category == "visual"
-                else [text]
-                if category == "text"
-                else [visual, text]
-            )
-            r = sum(sides) / len(sides)
+            sides = [r for r, name in ((visual, "visual"), (text, "text")) if name in counts]
+            r = sum(sides) / len(sides) if sides else float("nan")
             if not math.isnan(r):
                 found.append(Match(concept, r, visual, text, predicts))
-        return sorted(found, key=lambda match: (-match.r, match.concept))
+        return sorted(found, key=lambda match: (-match.r, match.predicts, match.concept))
 
     def _one(self, job: ExplanationJob, known: _Predictions) -> Explanation | Failure:
         if not job.exemplars:
@@ -179,8 +192,6 @@ class DissectionExplainer:
     def _text(
         self, exemplars: Sequence[Exemplar], concept: str, known: _Predictions
     ) -> tuple[float, bool]:
-        if any(each.tokens.pieces is None for each in exemplars):
-            return float("nan"), False
         true = [each.activation[each.text] for each in exemplars]
         on, before = (
             _pooled(
