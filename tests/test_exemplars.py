@@ -15,6 +15,7 @@ from handmade import NEURON, exemplar, scene, token_map
 from neuronlens.errors import AdapterError, AtlasError, OutputError, SampleError, UnknownNameError
 from neuronlens.exemplars import EXPLAIN_RANKS, HELD_OUT_RANKS, NeuronExemplars
 from neuronlens.neurons import NeuronId
+from neuronlens.running import COUNTED
 from neuronlens.samples import encode
 from neuronlens.tokens import Role
 
@@ -273,6 +274,21 @@ def test_looking_takes_the_largest_eligible_activation_as_ten(vlm, scenes):
     assert max(one.maximum_by_modality) == 10
     double = nl.look(vlm, NEURONS[0], scenes[0], maximum=2 * one.maximum)
     np.testing.assert_allclose(double.level[eligible], one.level[eligible] / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("role", [Role.PROMPT, Role.SPECIAL], ids=["prompt", "special"])
+def test_tokens_that_do_not_count_do_not_set_the_scale(vlm, atlas, scenes, role):
+    maximum = dict(zip(COUNTED, atlas.statistics("language.0").roles.maximum, strict=True))
+    eligible = maximum[Role.VISUAL].maximum(maximum[Role.RESPONSE])
+    more = (maximum[role] > 1.2 * eligible) & (eligible > 0.01)
+    neuron = NeuronId("language.0", int(more.nonzero()[0]))
+    one = nl.exemplars(vlm, atlas, [neuron], samples=scenes)[neuron]
+    best = one.explain[0]
+    assert one.maximum == best.maximum == atlas.maximum(neuron)
+    assert max(best.maximum_by_modality) == pytest.approx(10, abs=1e-3)
+    looked = nl.look(vlm, neuron, best.sample)
+    assert looked.maximum == pytest.approx(one.maximum, abs=1e-5)
+    assert max(looked.maximum_by_modality) == 10
 
 
 def test_looking_needs_no_response(vlm, scenes):

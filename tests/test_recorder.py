@@ -392,7 +392,10 @@ def test_after_generation_the_prompt_has_its_roles_and_what_is_new_is_the_respon
     tokens = recorder.tokens
     prompt = vlm.tokens(batch.inputs)
     length = prompt["language"].role.shape[1]
-    assert tokens["language"].role[:, :length].tolist() == prompt["language"].role.tolist()
+    # A last chunk of one token cannot be told from a generated one (see the class).
+    chunk = WAYS[way].get("prefill_chunk_size", length)
+    sure = length - (length % chunk == 1)
+    assert tokens["language"].role[:, :sure].tolist() == prompt["language"].role[:, :sure].tolist()
     assert tokens["language"].role[:, length:].tolist() == ended_early(out, length, end=2)
     for name in ("sample", "image", "box"):
         told = getattr(tokens["language"], name)[:, :length]

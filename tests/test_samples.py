@@ -550,7 +550,7 @@ def test_a_tokenizer_that_merges_prompt_and_response_leaves_no_response_start(vl
             "== 'text' %} {{", "== 'text' %}{{ ' ' if message['role'] == 'user' }}{{"
         ),
     )
-    with pytest.raises(SampleError, match="Start the response with") as raised:
+    with pytest.raises(SampleError, match="Encode with template=False") as raised:
         nl.encode(glued, [scene])
     assert raised.value.reason == "no clear response start"
     assert "assistant:" in str(raised.value)
@@ -802,11 +802,17 @@ def test_where_the_seam_is_merged_the_sample_is_refused_and_its_tokens_shown(mer
     assert text_of(fine, RESPONSE).replace(" ", "") == "Acat."
 
 
-def test_a_response_that_starts_as_the_refusal_advises_is_accepted(merging, photo):
-    with pytest.raises(SampleError, match="Start the response with a space or a new word"):
-        nl.encode(merging, [spoken(photo, "What?", "Two.")])
-    for response in (" Two.", "A T."):
-        nl.encode(merging, [spoken(photo, "What?", response)])
+def test_a_response_that_is_encoded_as_the_refusal_advises_is_accepted(merging, photo):
+    sample = spoken(photo, "What?", "Two.")
+    with pytest.raises(SampleError, match=r"template=False, or let the chat template put a space"):
+        nl.encode(merging, [sample])
+    nl.encode(merging, [sample], template=False)
+    processor = copy.deepcopy(merging.processor)
+    processor.chat_template = processor.chat_template.replace("+ ':' }}", "+ ': ' }}").replace(
+        "'ASSISTANT:'", "'ASSISTANT: '"
+    )
+    batch = nl.encode(nl.adapt(merging.model, processor), [sample])
+    assert text_of(batch, RESPONSE).replace(" ", "") == "Two."
 
 
 def test_nothing_is_warned_of_where_nothing_is_wrong(vlm, scene, tmp_path):

@@ -127,6 +127,21 @@ def test_samples_that_share_a_token_map_are_covered_by_their_own_masks():
     assert second.values.tolist() == [0, 0, 1]
 
 
+def test_phrases_of_one_sample_are_told_apart():
+    tokens, sample = token_map("vvv"), scene(3, {"red": [0], "blue": [2]})
+    jobs = [
+        SimulationJob(Explanation(sentence="", phrases=phrases), sample, tokens)
+        for phrases in (("red",), ("blue",), ("red", "blue"), ("red",))
+    ]
+    answers = MaskSimulator(nl.AnnotationSegmenter()).simulate(jobs)
+    assert [answer.values.tolist() for answer in answers] == [
+        [1, 0, 0],
+        [0, 0, 1],
+        [1, 0, 1],
+        [1, 0, 0],
+    ]
+
+
 # Words.
 
 

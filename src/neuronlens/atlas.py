@@ -205,7 +205,9 @@ class Atlas:
         path = Path(path)
         try:
             text = (path / "manifest.json").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise AtlasError(f"{path}/manifest.json cannot be read: {error}") from error
+        except OSError as error:
             raise AtlasError(
                 f"{path} is no atlas: it has no manifest.json. Scans write one last, so an "
                 "interrupted scan leaves none; scan again."
@@ -313,17 +315,23 @@ class Atlas:
     @cached_property
     def samples(self) -> dict[int, SampleRecord]:
         """The sample table, by position."""
-        with (self.path / "samples.jsonl").open(encoding="utf-8") as lines:
-            records = [SampleRecord.model_validate_json(line) for line in lines]
+        try:
+            with (self.path / "samples.jsonl").open(encoding="utf-8") as lines:
+                records = [SampleRecord.model_validate_json(line) for line in lines]
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            raise AtlasError(f"{self.path}/samples.jsonl cannot be read: {error}") from error
         return {record.position: record for record in records}
 
     def sample(self, position: int) -> Sample:
         """A scanned sample, found again through its files.
 
         Raises:
+            UnknownNameError: If no sample was taken in at that position.
             AtlasError: If it was not a file to begin with.
             SampleError: If its image is no longer what was scanned.
         """
+        if position not in self.samples:
+            raise UnknownNameError("sample at position", position, self.samples)
         return self.samples[position].sample_from_files()
 
     @contextmanager

@@ -79,6 +79,8 @@ class NeuronClassifier:
             )
         if self.maximum not in ("joint", "role"):
             raise ValueError(f"No maximum {self.maximum!r}: give 'joint' or 'role'.")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"top={self.top} samples are nothing to classify by: give 1 or more.")
         if min(self.n_v, self.n_t) < 0:
             raise ValueError(f"n_v={self.n_v} and n_t={self.n_t} count tokens: give 0 or more.")
 
@@ -153,11 +155,11 @@ class NeuronClassifier:
         maximum: Float[Tensor, " neuron"],
         threshold: float,
     ) -> Bool[Tensor, "neuron rank"]:
-        value = value.double().clamp(min=0)
+        value = value.double()
         if self.scale != "raw":
             # In double precision: the quotient of 16-bit values lands on whole numbers.
             full = 10 if self.scale == "ten" else 1
-            value = (full * value / maximum[:, None]).where(maximum[:, None] > 0, 0.0)
+            value = (full * value.clamp(min=0) / maximum[:, None]).where(maximum[:, None] > 0, 0.0)
             if self.scale == "ten" and self.quantise is not None:
                 value = value.floor() if self.quantise == "floor" else value.round()
         return value > threshold

@@ -274,6 +274,12 @@ def exemplars(
     if set(explain) & set(held_out):
         shared = sorted(set(explain) & set(held_out))
         raise ValueError(f"Ranks {shared} are in both explain and held_out; a score would leak.")
+    if min([*explain, *held_out], default=1) < 1:
+        raise ValueError(
+            f"A rank counts from 1; explain={explain}, held_out={held_out} were given."
+        )
+    if sampling not in ("top", "random"):
+        raise ValueError(f"No sampling {sampling!r}. Samples are 'top' or 'random'.")
     adapter.require_eval()
     atlas.check(adapter)
     neurons = list(dict.fromkeys(neurons))

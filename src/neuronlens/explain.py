@@ -19,7 +19,7 @@ from neuronlens.score import correlation
 from neuronlens.segment import AnnotationSegmenter, Segmenter
 
 Prediction = Float[np.ndarray, " token"]
-_Predictions = dict[tuple[int, str, str], Prediction]
+_Predictions = dict[tuple[int, int, str, str], Prediction]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,12 @@ Modality = Literal["visual", "text"]
 def modalities(category: Category, exemplars: Sequence[Exemplar]) -> tuple[Modality, ...]:
     """On which tokens a neuron is explained and scored: those of its category.
 
-    Both for multi-modal and unknown neurons, if the neuron's stream has both.
+    For an unknown neuron, those that its stream has.
     """
     if category == "visual" or category == "text":
         return (category,)
+    if category == "multimodal":
+        return ("visual", "text")
     present: list[Modality] = []
     if any(each.visual.any() for each in exemplars):
         present.append("visual")
@@ -179,7 +181,7 @@ class DissectionExplainer:
         )
 
     def _covered(self, exemplar: Exemplar, concept: str, known: _Predictions) -> Prediction:
-        key = (id(exemplar.tokens), concept, "visual")
+        key = (id(exemplar.sample), id(exemplar.tokens), concept, "visual")
         if key not in known:
             images = np.unique(exemplar.tokens.image.numpy()[exemplar.visual])
             masks = {
@@ -192,6 +194,8 @@ class DissectionExplainer:
     def _text(
         self, exemplars: Sequence[Exemplar], concept: str, known: _Predictions
     ) -> tuple[float, bool]:
+        if any(each.tokens.pieces is None for each in exemplars):
+            return float("nan"), False
         true = [each.activation[each.text] for each in exemplars]
         on, before = (
             _pooled(
@@ -206,15 +210,17 @@ class DissectionExplainer:
     def _spelled(
         self, exemplar: Exemplar, concept: str, shift: int, known: _Predictions
     ) -> Prediction:
-        key = (id(exemplar.tokens), concept, str(shift))
+        key = (id(exemplar.sample), id(exemplar.tokens), concept, str(shift))
         if key not in known:
             known[key] = exemplar.tokens.words(self._words(concept), shift).numpy()
         return known[key]
 
 
 def _words_said(exemplar: Exemplar) -> set[str]:
-    pieces = exemplar.tokens.pieces or ()
-    said = "".join(p if t else "\n" for p, t in zip(pieces, exemplar.text, strict=True))
+    if exemplar.tokens.pieces is None:
+        return set()
+    marked = zip(exemplar.tokens.pieces, exemplar.text, strict=True)
+    said = "".join(piece if counts else "\n" for piece, counts in marked)
     return set(re.findall(r"\w+", said.lower()))
 
 

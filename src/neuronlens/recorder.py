@@ -99,6 +99,7 @@ class _Run:
         done = self.ids.shape[1]
         if ids.shape[1] > 1 and self.prompt_length == done:
             self.prompt_length += ids.shape[1]  # a prompt that is fed in chunks
+        self.inputs |= {k: v for k, v in inputs.items() if k not in self.inputs and v is not None}
         more = _attended(inputs.get("attention_mask"), ids, done)
         self.attended = torch.cat([self.attended, more], 1)
         self.ids = torch.cat([self.ids, ids], 1)
@@ -139,7 +140,8 @@ class ActivationRecorder:
     token axis. The last generated token never enters the model and has no activation. A
     static cache, which would compile the model, is run uncompiled. With beams, a row is one
     beam as the model sees it (`sample * beams + beam`); where beams were swapped, follow a
-    returned sequence with `follow`.
+    returned sequence with `follow`. If a prompt is fed in chunks (`prefill_chunk_size`) of which
+    the last is a single token, that token's role is told as if it were generated.
 
     Attributes:
         adapter: Of the model.
@@ -320,11 +322,14 @@ class ActivationRecorder:
         ids = run.ids[:, run.prompt_length :].cpu()
         role = self.adapter.text_roles(ids)
         role[role == Role.PROMPT] = Role.RESPONSE
-        ends = getattr(self.adapter.model, "generation_config", None)
-        end = getattr(ends, "eos_token_id", None)
-        is_end = torch.isin(ids, torch.tensor(end if end is not None else [], dtype=ids.dtype))
-        # A row that has ended is filled up while others go on.
+        config = getattr(self.adapter.model, "generation_config", None)
+        ends, fill = (getattr(config, f"{kind}_token_id", None) for kind in ("eos", "pad"))
+        is_end = torch.isin(ids, torch.tensor([] if ends is None else ends, dtype=ids.dtype))
+        # A row that has ended, on this token or on one generate() was given, is filled up while
+        # others go on.
         role[(is_end.cumsum(1) - is_end.int()) > 0] = Role.PAD
+        if fill is not None and not torch.isin(torch.tensor(fill), ids[is_end]):
+            role[ids == fill] = Role.PAD
         return role
 
     def _encoded_once(self, run: _Run, stream: str, tokens: TokenMap) -> TokenMap:

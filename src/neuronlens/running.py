@@ -205,7 +205,7 @@ class RoleSummary:
         """Take in samples."""
         if len(maximum):
             self.maximum = torch.maximum(self.maximum, maximum.amax(0))
-            self.total += total.sum(0)
+            self.total = self.total + total.sum(0)
 
     def merge(self, other: RoleSummary) -> None:
         """Take in the summary of other data."""
@@ -325,6 +325,6 @@ class SiteStatistics:
         made = cls(len(ids), ids.shape[1], visual.shape[2], text.shape[2], visual.dtype)
         made.top.ids, made.top.visual, made.top.text = ids, visual, text
         made.roles.maximum, made.roles.total = state["role.maximum"], state["role.total"]
-        made.firing.fired = dict(zip(domains, state["fired"], strict=True))
-        made.firing.tokens = dict(zip(domains, state["tokens"], strict=True))
+        made.firing.fired = dict(zip(domains, state["fired"].clone(), strict=True))
+        made.firing.tokens = dict(zip(domains, state["tokens"].clone(), strict=True))
         return made

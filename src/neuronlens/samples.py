@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Sample:
         opened = []
         for source in self.images:
             if isinstance(source, Image.Image):
-                opened.append(source.convert("RGB"))
+                opened.append(ImageOps.exif_transpose(source).convert("RGB"))
                 continue
             try:
                 with Image.open(source) as image:
@@ -183,14 +184,15 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
     """
     path = Path(path)
     folder = Path(images) if images is not None else path.parent
-    if path.suffix == ".jsonl":
-        samples = list(_read_jsonl(path, folder))
-    elif path.suffix == ".json":
-        samples = list(_read_conversations(path, folder))
-    else:
+    readers = {".jsonl": _read_jsonl, ".json": _read_conversations}
+    if path.suffix not in readers:
         raise DataError(
             f"{path} is neither .jsonl (one sample per line) nor .json (LLaVA's conversations)."
         )
+    try:
+        samples = list(readers[path.suffix](path, folder))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}.") from error
     seen: set[str] = set()
     for sample in samples:
         if sample.id in seen:
@@ -296,16 +298,22 @@ def _pieces(tokenizer: Any, ids: Sequence[int], visual: Sequence[bool]) -> tuple
         return decoded
 
     pieces: list[str] = []
-    before: list[int] = []
+    run: list[int] = []
+    shown = told = 0  # tokens of the run that are decoded alone, and that have their text
     for token, is_visual in zip(ids, visual, strict=True):
         if is_visual:
             pieces.append("")
-            before = []
+            run, shown, told = [], 0, 0
             continue
-        # Decoded beside its predecessor: alone, many tokenizers drop a token's leading space.
-        both, one = text([*before, token]), text(before) if before else ""
-        pieces.append(both[len(one) :] if both.startswith(one) else text([token]))
-        before = [token]
+        # Decoded beside its predecessors: alone, many tokenizers drop a token's leading space,
+        # and a token may hold some bytes of a character only.
+        run.append(token)
+        before, both = text(run[shown:told]) if told else "", text(run[shown:])
+        if both.endswith("\ufffd"):
+            pieces.append("")
+            continue
+        pieces.append(both[len(before) :])
+        shown, told = told, len(run)
     return tuple(pieces)
 
 
@@ -344,8 +352,8 @@ def prepare(
             sample.id,
             "no clear response start",
             f"the prompt alone ends in {_ending(adapter, asked_ids)}, but with the response "
-            f"these tokens become {_ending(adapter, said_ids[: len(asked_ids)])}. Start the "
-            "response with a space or a new word.",
+            f"these tokens become {_ending(adapter, said_ids[: len(asked_ids)])}. Encode with "
+            "template=False, or let the chat template put a space before the response.",
         )
     head, foot = _markers(adapter, asked_ids, len(images), template)
     roles = (
@@ -367,18 +375,32 @@ def _rendered(adapter: ModelAdapter, images: int, prompt: str, answer: str, temp
             f"{type(processor).__name__} has no chat template. Set processor.chat_template, or "
             "encode with template=False."
         )
-    content: list[dict[str, str]] = [{"type": "image"}] * images
-    chat = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    asked, said = (_from_template(processor, images, prompt, each) for each in ("", answer))
     if not answer:
-        return str(processor.apply_chat_template(chat, add_generation_prompt=True))
-    chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    whole = str(processor.apply_chat_template(chat))
-    if answer not in whole:
+        return asked
+    # The response starts where two answers that share no first character differ.
+    other = "\u2603" if not answer.startswith("\u2603") else "0"
+    start = len(commonprefix([said, _from_template(processor, images, prompt, other)]))
+    if not said.startswith(answer, start):
         raise AdapterError(
             "The chat template changes the response's text, so its tokens cannot be told apart. "
             "Encode with template=False."
         )
-    return whole[: whole.rindex(answer) + len(answer)]
+    return said[: start + len(answer)]
+
+
+def _from_template(processor: Any, images: int, prompt: str, answer: str) -> str:
+    pictures: list[dict[str, str]] = [{"type": "image"}] * images
+    chat = [{"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}]
+    if answer:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    text = str(processor.apply_chat_template(chat, add_generation_prompt=not answer))
+    if text.count(processor.image_token) != images:
+        raise AdapterError(
+            f"The chat template writes {text.count(processor.image_token)} image tokens for {images} "
+            f"images: {text!r}. Give the processor a template that places each image once."
+        )
+    return text
 
 
 def _ids(adapter: ModelAdapter, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -83,58 +84,67 @@ class _Scan:
         self._ids: set[str] = set()
 
     def run(self, placed: Sequence[Placed]) -> None:
-        """Run one batch and take it in; a sample that fails only leaves its own batch."""
-        positions = {id(sample): position for position, sample in placed}
-        for _, sample in placed:
-            if sample.id in self._ids:
-                raise DataError(f"Two samples have the id {sample.id!r}; ids must differ.")
-            self._ids.add(sample.id)
-        batch = self._batch([sample for _, sample in placed], positions)
-        if batch is None:
-            return
-        staging = _Staging(batch, self.choices)
-        inputs = {name: value.to(self.adapter.device) for name, value in batch.inputs.items()}
-        with torch.inference_mode(), record(self.adapter, self.sites, staging, batch.tokens):
-            self.adapter.model(**inputs, use_cache=False)
-        self._commit(batch, staging.reductions, positions)
+        """Run one batch and take it in; a sample that fails only leaves its own batch.
 
-    def _batch(self, samples: Sequence[Sample], positions: Mapping[int, int]) -> Batch | None:
+        Nothing changes before the forward has ended, so that a batch can be run again.
+        """
+        places = {id(sample): position for position, sample in placed}
+        ids = [sample.id for _, sample in placed]
+        for sample_id in ids:
+            if sample_id in self._ids or ids.count(sample_id) > 1:
+                raise DataError(f"Two samples have the id {sample_id!r}; ids must differ.")
+        skipped: list[Skipped] = []
+        batch = self._batch([sample for _, sample in placed], places, skipped)
+        if batch is not None:
+            staging = _Staging(batch, self.choices)
+            inputs = {name: value.to(self.adapter.device) for name, value in batch.inputs.items()}
+            with torch.inference_mode(), record(self.adapter, self.sites, staging, batch.tokens):
+                self.adapter.model(**inputs, use_cache=False)
+            keep = _finite(batch, staging.reductions, places, skipped)
+            records = [
+                SampleRecord.of(sample, places[id(sample)])
+                for sample, kept in zip(batch.samples, keep.tolist(), strict=True)
+                if kept
+            ]
+            self._commit(batch, staging.reductions, places, keep)
+            self.records += records
+        self._ids.update(ids)
+        self.skipped += skipped
+        if self.max_skips is not None and len(self.skipped) > self.max_skips:
+            raise SkippedError(
+                f"{len(self.skipped)} samples had to be skipped; max_skips is {self.max_skips}.\n"
+                + "\n".join(each.detail for each in self.skipped)
+            )
+
+    def _batch(
+        self, samples: Sequence[Sample], places: Mapping[int, int], skipped: list[Skipped]
+    ) -> Batch | None:
         needs_response = set(self.choices.text_roles) == {Role.RESPONSE}
+        template = self.choices.template
         ready: list[Prepared] = []
         for sample in samples:
             try:
                 ready.append(
-                    prepare(
-                        self.adapter,
-                        sample,
-                        template=self.choices.template,
-                        response=needs_response,
-                    )
+                    prepare(self.adapter, sample, template=template, response=needs_response)
                 )
             except SampleError as error:
-                self._skip(positions[id(sample)], error)
+                skipped.append(_skip(places[id(sample)], error))
         while ready:
             try:
                 return collate(self.adapter, ready)
             except SampleError as error:
                 gone = next(each for each in ready if each.sample.id == error.sample_id)
-                self._skip(positions[id(gone.sample)], error)
+                skipped.append(_skip(places[id(gone.sample)], error))
                 ready.remove(gone)
         return None
 
     def _commit(
-        self, batch: Batch, reductions: Mapping[str, Reduction], positions: Mapping[int, int]
+        self,
+        batch: Batch,
+        reductions: Mapping[str, Reduction],
+        places: Mapping[int, int],
+        keep: Bool[Tensor, " sample"],
     ) -> None:
-        keep = torch.ones(len(batch.samples), dtype=torch.bool)
-        for name, reduction in reductions.items():
-            finite = reduction.finite.cpu()
-            for row in (keep & ~finite).nonzero().squeeze(1).tolist():
-                sample = batch.samples[row]
-                self._skip(
-                    positions[id(sample)],
-                    SampleError(sample.id, "non-finite activations", f"first at site {name}."),
-                )
-            keep &= finite
         for site in self.sites:
             reduction = reductions[site.name]
             if site.name not in self.statistics:
@@ -147,24 +157,33 @@ class _Scan:
                 )
             self.statistics[site.name].update(
                 reduction,
-                [positions[id(sample)] for sample in batch.samples],
+                [places[id(sample)] for sample in batch.samples],
                 [sample.id for sample in batch.samples],
                 [sample.domain or "" for sample in batch.samples],
                 keep,
             )
-        for sample, kept in zip(batch.samples, keep.tolist(), strict=True):
-            if kept:
-                self.records.append(SampleRecord.of(sample, positions[id(sample)]))
 
-    def _skip(self, position: int, error: SampleError) -> None:
-        self.skipped.append(
-            Skipped(position=position, id=error.sample_id, reason=error.reason, detail=str(error))
-        )
-        if self.max_skips is not None and len(self.skipped) > self.max_skips:
-            raise SkippedError(
-                f"{len(self.skipped)} samples had to be skipped; max_skips is {self.max_skips}.\n"
-                + "\n".join(each.detail for each in self.skipped)
-            )
+
+def _finite(
+    batch: Batch,
+    reductions: Mapping[str, Reduction],
+    places: Mapping[int, int],
+    skipped: list[Skipped],
+) -> Bool[Tensor, " sample"]:
+    """Which samples of the batch had finite activations everywhere; the others are skipped."""
+    keep = torch.ones(len(batch.samples), dtype=torch.bool)
+    for name, reduction in reductions.items():
+        finite = reduction.finite.cpu()
+        for row in (keep & ~finite).nonzero().squeeze(1).tolist():
+            sample = batch.samples[row]
+            error = SampleError(sample.id, "non-finite activations", f"first at site {name}.")
+            skipped.append(_skip(places[id(sample)], error))
+        keep &= finite
+    return keep
+
+
+def _skip(position: int, error: SampleError) -> Skipped:
+    return Skipped(position=position, id=error.sample_id, reason=error.reason, detail=str(error))
 
 
 def scan(
@@ -221,6 +240,7 @@ def scan(
         "keep_visual": keep_visual,
         "keep_text": keep_text,
         "batch_size": batch_size,
+        "window": 1 if window is None else window,
     }.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")

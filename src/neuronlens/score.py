@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel
 
-Undefined = Literal["constant prediction", "constant truth", "no tokens"]
+Undefined = Literal["constant prediction", "constant truth", "no tokens", "not finite"]
 Values = Float[np.ndarray, " token"]
 
 
@@ -25,6 +25,8 @@ def correlation(true: Values, simulated: Values) -> tuple[float, Undefined | Non
     x, y = np.asarray(true, float)[said], np.asarray(simulated, float)[said]
     if len(x) < 2:
         return float("nan"), "no tokens"
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("nan"), "not finite"
     # A spread at the level of rounding is none: dividing by it would correlate noise.
     if np.ptp(x) <= 1e-12 * max(1.0, float(np.abs(x).max())):
         return float("nan"), "constant truth"

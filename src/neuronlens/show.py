@@ -194,7 +194,7 @@ def levels(values: Float[np.ndarray, "*axes"], maximum: float) -> Float[np.ndarr
     """
     if maximum <= 0:
         return np.where(np.isnan(values), np.nan, 0.0)
-    return np.clip(values / maximum * 10, 0, 10)
+    return np.asarray(np.clip(values, 0, maximum) / maximum * 10)
 
 
 def stretched(boxes: NDArray[np.float64], factor: float) -> NDArray[np.float64]:

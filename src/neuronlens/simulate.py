@@ -63,13 +63,13 @@ class MaskSimulator:
     def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
         """Predict visual tokens that have a box."""
         # Many neurons share a sample and a phrase; the jobs keep the keys' objects alive.
-        known: dict[tuple[int, tuple[str, ...]], Simulation] = {}
+        known: dict[tuple[int, int, tuple[str, ...]], Simulation] = {}
         answers: list[Simulation | Failure] = []
         for job in jobs:
             if not job.explanation.phrases:
                 answers.append(Failure("the explanation has no phrase to look for"))
                 continue
-            key = (id(job.tokens), job.explanation.phrases)
+            key = (id(job.sample), id(job.tokens), job.explanation.phrases)
             if key not in known:
                 known[key] = self._covered(job)
             answers.append(known[key])

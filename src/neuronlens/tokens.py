@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import chain
 
 import numpy as np
 import torch
@@ -129,14 +130,17 @@ class TokenMap:
             )
         text = self.is_role(*TEXT_ROLES)
         found = np.zeros(len(self.pieces), np.float32)
-        if words:
+        wanted = [word.strip() for word in words if word.strip()]
+        if wanted:
             # What is not text breaks words apart, so that no match runs across an image.
             pieces = [p if t else "\n" for p, t in zip(self.pieces, text.tolist(), strict=True)]
             ends = np.cumsum([len(piece) for piece in pieces])
-            pattern = "|".join(rf"(?<!\w){re.escape(word.strip())}(?!\w)" for word in words)
-            for match in re.finditer(pattern, "".join(pieces), re.IGNORECASE):
-                first = int(np.searchsorted(ends, match.start(), side="right"))
-                last = int(np.searchsorted(ends, match.end() - 1, side="right"))
+            # Looking ahead finds each word by itself, also where two of them overlap.
+            patterns = [rf"(?<!\w)(?=({re.escape(word)})(?!\w))" for word in wanted]
+            whole = "".join(pieces)
+            for match in chain(*(re.finditer(each, whole, re.IGNORECASE) for each in patterns)):
+                first = int(np.searchsorted(ends, match.start(1), side="right"))
+                last = int(np.searchsorted(ends, match.end(1) - 1, side="right"))
                 if shift == 0:
                     found[first : last + 1] = 1
                 elif first + shift >= 0:

@@ -48,7 +48,13 @@ class ModelAdapter(ABC):
         self.check_model()
         if processor is not None:
             self.check_processor()
-        self.sites: Mapping[str, NeuronSite] = {site.name: site for site in self.find_sites()}
+        found = list(self.find_sites())
+        self.sites: Mapping[str, NeuronSite] = {site.name: site for site in found}
+        if len(self.sites) < len(found):
+            raise AdapterError(
+                f"{type(self).__name__} gives the same name to several sites of this "
+                f"{type(model).__name__}; neurons would be mixed up. Name each site differently."
+            )
         if not self.sites:
             raise AdapterError(
                 f"{type(model).__name__} has no feed-forward block that {type(self).__name__} "
@@ -191,7 +197,9 @@ class ModelAdapter(ABC):
             AdapterError: If the model is in training mode and has dropout.
         """
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            # Attention drops out by a number it holds, not by a module.
+            rates = [getattr(module, each, 0) for each in ("p", "dropout", "attention_dropout")]
+            if module.training and any(isinstance(p, float) and p > 0 for p in rates):
                 raise AdapterError(
                     f"The model is in training mode and drops out at {name!r}, so its activations "
                     "are random. Call model.eval() first."

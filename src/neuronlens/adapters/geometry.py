@@ -67,5 +67,10 @@ def resized_and_cropped(
             "placed; was the image processed with other settings?"
         )
     scale = (resized[0] / width, resized[1] / height)
-    cut = ((resized[0] - cropped[0]) // 2, (resized[1] - cropped[1]) // 2)
+    # Where an odd number of rows is padded, the two kinds of processors differ by one pixel.
+    by_torchvision = any(c.__name__ == "TorchvisionBackend" for c in type(image_processor).__mro__)
+    cut = [
+        -((after - before) // 2) if by_torchvision and before < after else (before - after) // 2
+        for before, after in zip(resized, cropped, strict=True)
+    ]
     return Placement(original, scale, (float(cut[0]), float(cut[1])))

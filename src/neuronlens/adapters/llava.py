@@ -80,6 +80,8 @@ class LlavaAdapter(ModelAdapter):
         for module, name in _PARTS:
             path = next(p for p, _ in self.model.named_modules() if p.split(".")[-1] == name)
             for block in feed_forward_blocks(self.model.get_submodule(path), path):
+                if block.layer is None and module != "projector":
+                    continue  # a pooling head, of which LLaVA reads nothing
                 layer = block.layer or 0
                 inert = module == "vision" and layer >= max(read)
                 yield NeuronSite(
@@ -129,6 +131,14 @@ class LlavaAdapter(ModelAdapter):
                 f"{images} images of {per_image} tokens each were given, but the rows of "
                 f"input_ids hold {counts.tolist()} image tokens. Does each prompt have one "
                 f"image token per image?"
+            )
+        if (
+            originals is not None
+            and [len(row) for row in originals] != (counts // per_image).tolist()
+        ):
+            raise AdapterError(
+                f"The rows have {(counts // per_image).tolist()} images, but original sizes were given "
+                f"for {[len(row) for row in originals]}. Give one per image of each row."
             )
         owner = torch.repeat_interleave(torch.arange(len(ids)), counts // per_image)
         number = torch.cat([torch.arange(int(n)) for n in counts // per_image])
@@ -187,15 +197,10 @@ class LlavaAdapter(ModelAdapter):
     ) -> Float[Tensor, "patch 4"]:
         if originals is None:
             return cells
-        given = originals[sample]
-        if image >= len(given):
-            raise AdapterError(
-                f"Row {sample} has image tokens for image {image + 1}, but sizes of {len(given)} "
-                "original images were given."
-            )
-        return resized_and_cropped(
-            self.processor.image_processor, given[image], processed
-        ).to_original(cells)
+        placed = resized_and_cropped(
+            self.processor.image_processor, originals[sample][image], processed
+        )
+        return placed.to_original(cells)
 
 
 def _image_rows(
