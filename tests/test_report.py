@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,11 +17,11 @@ from neuronlens.report import figures
 @pytest.fixture(scope="module")
 def hostile(scenes):
     """Scenes of which the ids and captions carry markup and braces."""
+    markup = "<script>alert(1)</script> {{ x }}"
     return [
-        nl.Sample(f"<b>{i}</b>", s.images, s.prompt, f"<script>alert(1)</script> {{{{ x }}}} {s.response}",
-                  s.domain, s.annotations)
+        replace(s, id=f"<b>{i}</b>", response=f"{markup} {s.response}")
         for i, s in enumerate(scenes)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def test_text_of_the_data_is_shown_escaped(made):
 def test_every_number_of_a_card_is_the_records(made):
     _, _, study, page = made
     text = page.read_text(encoding="utf-8")
-    shown = re.findall(r"<code>(.*?)</code>.*?score <b>(.*?)</b> beside a null of <b>(.*?)</b>", text, re.DOTALL)
+    card = r"<code>(.*?)</code>.*?score <b>(.*?)</b> beside a null of <b>(.*?)</b>"
+    shown = re.findall(card, text, re.DOTALL)
     assert len(shown) >= 3
     for neuron, score, null in shown:
         record = study[nl.NeuronId.parse(neuron)]

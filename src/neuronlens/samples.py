@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +379,7 @@ def _rendered(adapter: ModelAdapter, images: int, prompt: str, answer: str, temp
         return asked
     # The response starts where two answers that share no first character differ.
     other = "\u2603" if not answer.startswith("\u2603") else "0"
-    start = len(commonprefix([said, _from_template(processor, images, prompt, other)]))
+    start = _shared(said, _from_template(processor, images, prompt, other))
     if not said.startswith(answer, start):
         raise AdapterError(
             "The chat template changes the response's text, so its tokens cannot be told apart. "
@@ -395,10 +394,11 @@ def _from_template(processor: Any, images: int, prompt: str, answer: str) -> str
     if answer:
         chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     text = str(processor.apply_chat_template(chat, add_generation_prompt=not answer))
-    if text.count(processor.image_token) != images:
+    written = text.count(processor.image_token)
+    if written != images:
         raise AdapterError(
-            f"The chat template writes {text.count(processor.image_token)} image tokens for {images} "
-            f"images: {text!r}. Give the processor a template that places each image once."
+            f"The chat template writes {written} image tokens for {images} images: {text!r}. "
+            "Give the processor a template that places each image once."
         )
     return text
 
@@ -432,7 +432,8 @@ def _markers(adapter: ModelAdapter, ids: list[int], images: int, template: bool)
     return head, min(foot, len(ids) - head)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def _shared(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items two sequences begin with in common."""
     return next(
         (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )

@@ -132,13 +132,11 @@ class LlavaAdapter(ModelAdapter):
                 f"input_ids hold {counts.tolist()} image tokens. Does each prompt have one "
                 f"image token per image?"
             )
-        if (
-            originals is not None
-            and [len(row) for row in originals] != (counts // per_image).tolist()
-        ):
+        shown = (counts // per_image).tolist()
+        if originals is not None and [len(row) for row in originals] != shown:
             raise AdapterError(
-                f"The rows have {(counts // per_image).tolist()} images, but original sizes were given "
-                f"for {[len(row) for row in originals]}. Give one per image of each row."
+                f"The rows have {shown} images, but original sizes were given for "
+                f"{[len(row) for row in originals]}. Give one per image of each row."
             )
         owner = torch.repeat_interleave(torch.arange(len(ids)), counts // per_image)
         number = torch.cat([torch.arange(int(n)) for n in counts // per_image])
