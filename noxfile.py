@@ -16,7 +16,7 @@ nox.options.error_on_missing_interpreters = True
 # torch and torchvision come from one registry: the CPU build of torch breaks torchvision.
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
-    *("pytest", "pytest-xdist", "hypothesis", "beartype", "scipy"),
+    *("pytest", "pytest-xdist", "hypothesis", "scipy"),
     *("scikit-image", "scikit-learn", "pandas"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]

@@ -307,3 +307,13 @@ def test_a_folder_under_a_file_cannot_be_made(tmp_path):
     for out in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
         with pytest.raises(OutputError, match="cannot be written"), new_folder(out):
             raise AssertionError("the block must not run")
+
+
+def test_what_is_finished_is_kept_where_its_place_was_taken_meanwhile(tmp_path):
+    with pytest.raises(OutputError, match="lies in") as raised, new_folder(tmp_path / "a") as work:
+        (work / "done").write_text("x")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "other").write_text("y")
+    assert str(work) in str(raised.value)
+    assert (work / "done").read_text() == "x"
+    assert (tmp_path / "a" / "other").read_text() == "y"

@@ -502,3 +502,10 @@ def test_a_classification_shows_shares_and_silent_neurons(kinds):
     shown = kinds._repr_html_()
     for word in ("language", "1,536", "silent", "n_t=1"):
         assert word in shown
+
+
+def test_a_threshold_below_the_scales_start_is_refused():
+    for reading in ({"t_v": -1}, {"t_t": -0.5, "scale": "normalized"}):
+        with pytest.raises(ValueError, match="scale='raw'"):
+            nl.NeuronClassifier(**reading)
+    nl.NeuronClassifier(t_v=-1, scale="raw")

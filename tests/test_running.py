@@ -403,3 +403,12 @@ def test_a_site_of_one_modality_has_no_text():
     assert made.top.value[0, 0] == 3.0
     assert made.top.text.max() == -math.inf
     assert made.roles.maximum[COUNTED.index(Role.RESPONSE)].tolist() == [-math.inf]
+
+
+def test_a_sum_that_would_overflow_is_not_finite():
+    roles = torch.tensor([Role.VISUAL, Role.VISUAL, Role.VISUAL], dtype=torch.int8)
+    sample = torch.tensor([0, 0, 1])
+    nothing = torch.full((3,), -1), torch.full((3, 4), float("nan"))
+    layout = Layout.of(TokenMap(roles, sample, *nothing), 2, (Role.RESPONSE,), torch.device("cpu"))
+    made = reduce(torch.tensor([[1e12], [1e12], [1.0]]), layout, 5, 3)
+    assert made.finite.tolist() == [False, True]

@@ -401,12 +401,19 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         ) from error
     try:
         yield working
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    try:
         working.chmod(0o755)
         if out.exists():
             out.rmdir()
         working.rename(out)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"{out} has been taken in the meantime ({error.strerror}). What was made is whole and "
+            f"lies in {working}; move it where you want it."
+        ) from error
 
 
 def write(

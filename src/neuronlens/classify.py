@@ -81,6 +81,11 @@ class NeuronClassifier:
             raise ValueError(f"No maximum {self.maximum!r}: give 'joint' or 'role'.")
         if self.top is not None and self.top < 1:
             raise ValueError(f"top={self.top} samples are nothing to classify by: give 1 or more.")
+        if self.scale != "raw" and min(self.t_v, self.t_t) < 0:
+            raise ValueError(
+                f"t_v={self.t_v} and t_t={self.t_t}: below 0 there is nothing on this scale, which "
+                "starts there. Give 0 or more, or scale='raw'."
+            )
         if min(self.n_v, self.n_t) < 0:
             raise ValueError(f"n_v={self.n_v} and n_t={self.n_t} count tokens: give 0 or more.")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Atlas
-from neuronlens.errors import OutputError, UnknownNameError
+from neuronlens.errors import CaptureError, OutputError, UnknownNameError
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import record
 from neuronlens.samples import Sample, encode
@@ -364,6 +364,11 @@ def _record_columns(
                 at = sink.maps[site.name].where(row)
                 column = columns[site.name].index(site.row(neuron))
                 values = sink.kept[site.name][at, column].numpy()
+                if not np.isfinite(values).all():
+                    raise CaptureError(
+                        f"{neuron} has activations that are not finite on sample "
+                        f"{found[row].id!r}, which it had not in the scan. Has the model changed?"
+                    )
                 recorded[neuron, position] = (found[row], maps[site.stream], values)
     return recorded
 
@@ -427,7 +432,9 @@ def look(
     Raises:
         UnknownNameError: If the model has no such neuron.
         SampleError: If the sample cannot be used.
+        AdapterError: If the model is in training mode.
     """
+    adapter.require_eval()
     site = adapter.site(neuron.site)
     row = site.row(neuron)
     batch = encode(adapter, [sample], template=template)

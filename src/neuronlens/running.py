@@ -27,6 +27,9 @@ COUNTED = (Role.SPECIAL, Role.PROMPT, Role.RESPONSE, Role.VISUAL)
 FIXED_POINT = 2**24
 """Sums are kept as int64 multiples of 1 / FIXED_POINT: float sums differ by order of merging."""
 
+LARGEST_SUM = 2.0**30
+"""Sums of one sample's activations beyond this are not finite: int64 would overflow unseen."""
+
 ABSENT = -1
 
 
@@ -70,7 +73,7 @@ class Reduction:
     """One site's activations over one batch, reduced per sample.
 
     -inf stands where a sample has no such token; `finite` is False for a sample in which
-    any activation was NaN or infinite.
+    any activation was NaN or infinite, or so large that its sum does not fit in fixed point.
     """
 
     visual: Float[Tensor, "sample neuron kept_visual"]
@@ -98,12 +101,14 @@ def reduce(
     visual, text, maximum, fired, total, count, finite = [], [], [], [], [], [], []
     for roles, eligible in zip(layout.positions, layout.eligible_text, strict=True):
         by_role = [flat[roles[role]] for role in COUNTED]
-        finite.append(torch.stack([rows.isfinite().all() for rows in by_role]).all())
+        summed = [rows.double().sum(0) for rows in by_role]
+        # NaN and infinity survive summing, or cancel to NaN.
+        finite.append(torch.stack([(s.abs() < LARGEST_SUM).all() for s in summed]).all())
         visual.append(_largest(flat[roles[Role.VISUAL]], keep_visual))
         text.append(_largest(flat[eligible], keep_text))
         maximum.append(torch.stack([_largest(rows, 1)[:, 0] for rows in by_role]))
         fired.append(torch.stack([(rows > 0).sum(0) for rows in by_role]))
-        total.append(torch.stack([_fixed_point(rows) for rows in by_role]))
+        total.append(torch.stack([_fixed_point(s) for s in summed]))
         count.append(torch.tensor([len(rows) for rows in by_role]))
     return Reduction(
         torch.stack(visual),
@@ -125,9 +130,9 @@ def _largest(rows: Float[Tensor, "token neuron"], count: int) -> Float[Tensor, "
     return kept
 
 
-def _fixed_point(rows: Float[Tensor, "token neuron"]) -> Int[Tensor, " neuron"]:
-    summed = rows.double().sum(0).nan_to_num(0.0, 0.0, 0.0)  # samples not finite are dropped
-    return (summed * FIXED_POINT).round().long()
+def _fixed_point(summed: Float[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
+    known = summed.nan_to_num(0.0, 0.0, 0.0)  # samples that are not finite are dropped
+    return (known.clamp(-LARGEST_SUM, LARGEST_SUM) * FIXED_POINT).round().long()
 
 
 class TopSamples:

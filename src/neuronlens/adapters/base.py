@@ -198,7 +198,7 @@ class ModelAdapter(ABC):
         """
         for name, module in self.model.named_modules():
             # Attention drops out by a number it holds, not by a module.
-            rates = [getattr(module, each, 0) for each in ("p", "dropout", "attention_dropout")]
+            rates = [value for key, value in vars(module).items() if key == "p" or "drop" in key]
             if module.training and any(isinstance(p, float) and p > 0 for p in rates):
                 raise AdapterError(
                     f"The model is in training mode and drops out at {name!r}, so its activations "
