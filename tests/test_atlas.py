@@ -310,10 +310,15 @@ def test_a_folder_under_a_file_cannot_be_made(tmp_path):
 
 
 def test_what_is_finished_is_kept_where_its_place_was_taken_meanwhile(tmp_path):
-    with pytest.raises(OutputError, match="lies in") as raised, new_folder(tmp_path / "a") as work:
-        (work / "done").write_text("x")
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "other").write_text("y")
-    assert str(work) in str(raised.value)
-    assert (work / "done").read_text() == "x"
+    def overtaken():
+        with new_folder(tmp_path / "a") as work:
+            (work / "done").write_text("x")
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "other").write_text("y")
+
+    with pytest.raises(OutputError, match="lies in") as raised:
+        overtaken()
+    (kept,) = tmp_path.glob(".a-*")
+    assert str(kept) in str(raised.value)
+    assert (kept / "done").read_text() == "x"
     assert (tmp_path / "a" / "other").read_text() == "y"
