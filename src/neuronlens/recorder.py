@@ -132,6 +132,8 @@ def _attended(mask: Any, ids: Int[Tensor, "batch token"], done: int) -> Int[Tens
 class ActivationRecorder:
     """Keeps the activations of every forward, or `generate()`, inside the block.
 
+    ::
+
         with ActivationRecorder(adapter, "language") as recorder:
             model(**inputs)
         recorder.activations["language.16"]  # [batch, token, neuron]

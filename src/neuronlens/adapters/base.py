@@ -230,7 +230,7 @@ _registry: dict[str, type[ModelAdapter]] = {}
 
 
 def register(*model_types: str) -> Callable[[Family], Family]:
-    """Make a `ModelAdapter` the one for models with these `config.model_type`s."""
+    """Make a `ModelAdapter` the one for models whose `config.model_type` is one of these."""
 
     def add(family: Family) -> Family:
         _registry.update(dict.fromkeys(model_types, family))
