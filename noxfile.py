@@ -17,7 +17,7 @@ nox.options.error_on_missing_interpreters = True
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
     *("pytest", "pytest-xdist", "hypothesis", "scipy"),
-    *("scikit-image", "scikit-learn", "pandas"),
+    *("accelerate", "scikit-image", "scikit-learn", "pandas"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
