@@ -33,7 +33,7 @@ napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # a class's signature has the types already
 python_maximum_signature_line_length = 88
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 # Pages with code are executed on every build, each in a folder of its own that is thrown away.
