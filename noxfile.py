@@ -20,14 +20,16 @@ TESTS = [
     *("accelerate", "scikit-image", "scikit-learn", "pandas"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# One thread is the fastest for models this small; several on a busy machine wait for each other.
+SMALL = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+TRAINING = {"HF_HUB_OFFLINE": "1"}
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """The main job on the embedded testbed: leaves demo/index.html and the records behind it."""
     session.install(".[report]")
-    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE)
+    session.run("python", "examples/demo.py", *session.posargs, env=SMALL)
 
 
 @nox.session
@@ -35,11 +37,11 @@ def tests(session: nox.Session) -> None:
     """The whole suite, with lint, types, docs and examples: one environment serves them all."""
     session.install("-e", ".[report,table]", *MODEL, *TESTS, "ruff", "mypy", *DOCS)
     if session.posargs:
-        session.run("pytest", *session.posargs, env=OFFLINE)
+        session.run("pytest", *session.posargs, env=SMALL)
         return
     _lint(session)
     _types(session)
-    session.run("pytest", "-n", "2", "--dist", "loadgroup", env=OFFLINE)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", env=SMALL)
     _docs(session)
     _examples(session)
 
@@ -77,7 +79,7 @@ def train_testbed(session: nox.Session) -> None:
     """Retrain the testbed from nothing (about 15 minutes on 2 cores) and report its accuracy."""
     session.install("-e", ".", *MODEL)
     out = session.posargs or ["--out", str(Path(session.create_tmp()) / "testbed")]
-    session.run("python", "-m", "neuronlens.testbed.train", *out, env=OFFLINE)
+    session.run("python", "-m", "neuronlens.testbed.train", *out, env=TRAINING)
 
 
 def _lint(session: nox.Session) -> None:
@@ -101,14 +103,14 @@ def _docs(session: nox.Session) -> None:
         "html",
         "docs",
         "docs/_build/html",
-        env=OFFLINE,
+        env=SMALL,
     )
 
 
 def _examples(session: nox.Session) -> None:
     tmp = Path(session.create_tmp())
     for script in sorted(Path("examples").glob("*.py")):
-        session.run("python", str(script), "--out", str(tmp / script.stem), env=OFFLINE)
+        session.run("python", str(script), "--out", str(tmp / script.stem), env=SMALL)
     for notebook in sorted(Path("examples").glob("*.ipynb")):
         session.run(
             "jupyter",
@@ -119,5 +121,5 @@ def _examples(session: nox.Session) -> None:
             str(notebook),
             "--output-dir",
             str(tmp),
-            env=OFFLINE,
+            env=SMALL,
         )
