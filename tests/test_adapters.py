@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 
 import matplotlib.cbook
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PixtralVisionConfig,
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -29,6 +31,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import neuronlens as nl
 from neuronlens import testbed
 from neuronlens.adapters import base, get
+from neuronlens.adapters.discover import feed_forward_blocks
 from neuronlens.adapters.geometry import resized_and_cropped
 from neuronlens.adapters.llava import LlavaAdapter
 from neuronlens.errors import AdapterError, CaptureError, UnknownNameError
@@ -182,25 +185,20 @@ def test_only_what_runs_behind_the_layer_that_is_read_is_inert():
     assert inert == {-1: [], -2: ["vision.2"], 1: ["vision.1", "vision.2"]}
 
 
-def test_a_vision_tower_with_a_pooling_head_hides_no_encoder_layer():
-    sizes = {
-        "image_size": 16,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-    }
-    model = small_llava(
-        SiglipVisionConfig(**sizes), vision_feature_layer=-1, vision_feature_select_strategy="full"
-    )
+@pytest.mark.parametrize("kind", [SiglipVisionConfig, PixtralVisionConfig])
+def test_a_tower_without_a_cls_token_is_refused_or_described_as_it_is(kind):
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 24}
+    tower = kind(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    model = small_llava(tower, vision_feature_layer=-1, vision_feature_select_strategy="full")
     try:
         vlm = nl.adapt(model)
-    except AdapterError as refused:  # refusing what the description does not hold for is right, too
-        assert "siglip" in str(refused).lower()  # noqa: PT017
+    except AdapterError as refused:
+        assert tower.model_type in str(refused)  # noqa: PT017 - either is right
         return
-    blocks = {path for path in activation_modules(model) if ".layers." in path}
-    assert {site.path for site in vlm.sites.values()} >= blocks
+    layers = {path for path in activation_modules(model) if ".layers." in path}
+    assert {site.path for site in vlm.sites.values()} >= layers
+    inputs = {"input_ids": torch.tensor([row(4)]), "pixel_values": pixels(1, side=16)}
+    assert vlm.tokens(inputs)["vision"].is_role(Role.VISUAL).tolist() == [[True] * 4]
 
 
 # Looking sites and neurons up.
@@ -338,6 +336,46 @@ def test_a_family_that_finds_no_site_is_not_this_models(registry):
         nl.adapt(renamed("siteless"))
 
 
+def test_a_family_that_names_two_sites_alike_is_refused(registry):
+    @nl.register("mixed_up")
+    class MixedUp(LlavaAdapter):
+        def find_sites(self):
+            return (replace(site, name="language.0") for site in super().find_sites())
+
+    with pytest.raises(AdapterError, match="MixedUp gives the same name to several sites"):
+        nl.adapt(renamed("mixed_up"))
+
+
+class Nested(nn.Module):
+    """Two stages of two blocks, the blocks of which have a feed-forward part each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = {
+            "up": nn.Linear(3, 5),
+            "act": nn.GELU(),
+            "gate": nn.Sigmoid(),
+            "down": nn.Linear(5, 3),
+        }
+        mlps = [nn.ModuleDict({"mlp": nn.ModuleDict(copy.deepcopy(block))}) for _ in range(4)]
+        self.stages = nn.ModuleList([nn.ModuleList(mlps[:2]), nn.ModuleList(mlps[2:])])
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(3, 3), "activation": nn.Tanh()})
+        self.head = nn.ModuleDict(
+            {"one": nn.Linear(3, 7), "act": nn.ReLU(), "two": nn.Linear(7, 3)}
+        )
+
+
+def test_a_block_is_an_activation_between_two_projections_numbered_by_its_last_number():
+    found = list(feed_forward_blocks(Nested(), "tower"))
+    assert [(block.path, block.layer, block.width) for block in found] == [
+        ("tower.stages.0.0.mlp.act", 0, 5),
+        ("tower.stages.0.1.mlp.act", 1, 5),
+        ("tower.stages.1.0.mlp.act", 0, 5),
+        ("tower.stages.1.1.mlp.act", 1, 5),
+        ("tower.head.act", None, 7),
+    ]
+
+
 # Whose processor.
 
 
@@ -409,7 +447,18 @@ def test_a_model_that_drops_out_is_refused_until_it_is_in_eval_mode():
         vlm.require_eval()
     model.eval()
     vlm.require_eval()
-    nl.adapt(small_llava().train()).require_eval()  # training mode without dropout is harmless
+
+
+def test_attention_that_drops_out_is_refused_too():
+    vlm = nl.adapt(small_llava(text={"attention_dropout": 0.1}).train())
+    with pytest.raises(AdapterError, match=r"self_attn'.*model\.eval\(\)"):
+        vlm.require_eval()
+
+
+def test_training_mode_without_dropout_is_harmless():
+    model = small_llava()
+    model.model.language_model.layers.append(nn.Dropout(0.0))
+    nl.adapt(model.train()).require_eval()
 
 
 def test_special_tokens_are_special_unattended_ones_padding_and_others_prompt(vlm):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -252,14 +254,14 @@ def test_what_is_recorded_is_a_copy_without_gradient_of_the_models_own_precision
             vlm.model(**asked.inputs)
     finally:
         watch.remove()
+    computed = seen[0].detach().clone()
+    with torch.no_grad():
+        seen[0].zero_()  # as a later in-place operation of the model might
     kept = recorder.activations["language.2"]
     assert seen[0].requires_grad
     assert not kept.requires_grad
     assert kept.dtype == seen[0].dtype
-    assert torch.equal(kept, seen[0])
-    with torch.no_grad():
-        seen[0].zero_()
-    assert kept.abs().max() > 0
+    assert torch.equal(kept, computed)
 
 
 def test_activations_of_a_half_precision_model_stay_in_half_precision(bed, asked):
@@ -471,6 +473,19 @@ def test_a_loop_of_ones_own_with_a_cache_is_recorded_as_one_sequence(vlm, asked)
 
 
 @torch.inference_mode()
+def test_a_recorder_does_not_keep_the_cache_alive(vlm, asked):
+    cache = DynamicCache(config=vlm.model.config.text_config)
+    with nl.ActivationRecorder(vlm, "language.0") as recorder:
+        out = vlm.model(**asked.inputs, past_key_values=cache)
+        vlm.model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=cache)
+    alive = weakref.ref(cache)
+    del cache, out
+    gc.collect()
+    assert alive() is None
+    assert recorder.activations["language.0"].shape[1] == 72
+
+
+@torch.inference_mode()
 def test_a_loop_of_ones_own_without_a_cache_keeps_every_token_and_image_once(vlm, asked):
     grown, pixels = asked.inputs["input_ids"], asked.inputs["pixel_values"]
     with nl.ActivationRecorder(vlm, None) as recorder:
@@ -610,6 +625,15 @@ def test_two_generations_are_two_runs(vlm, asked):
     for n, (run, out) in enumerate(zip(recorder.runs, outs, strict=True)):
         pixels = asked.inputs["pixel_values"][n : n + 1]
         assert_recorded(run, by_hand(vlm.model, out[:, :-1], pixels))
+
+
+def test_a_run_of_text_alone_has_nothing_of_the_image_before_it(vlm, asked):
+    with nl.ActivationRecorder(vlm, None) as recorder, torch.inference_mode():
+        vlm.model.generate(**asked.inputs, do_sample=False, max_new_tokens=2)
+        vlm.model(input_ids=torch.tensor([[1, 5, 7]]))
+    with_image, without = recorder.runs
+    assert set(with_image) == set(vlm.sites)
+    assert set(without) == {site.name for site in vlm.select("language")}
 
 
 def test_nothing_run_is_no_activation(vlm):

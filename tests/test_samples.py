@@ -106,7 +106,11 @@ def test_images_need_not_exist_to_be_read_about(tmp_path):
         ('{"image": "a.png"}', "prompt: Field required"),
         ('{"prompt": 3}', "prompt: .*string"),
         ('["prompt"]', "the line: "),
-        ('{"prompt": "?", "annotations": [{"labels": "m.png", "nams": {}}]}', r"annotations\.0\."),
+        ('{"prompt": "?", "annotations": [{"labels": "m.png"}]}', r"annotations\.0\.names"),
+        (
+            '{"prompt": "?", "annotations": [{"labels": "m.png", "names": {}, "imag": 1}]}',
+            r"annotations\.0\.imag: Extra",
+        ),
     ],
 )
 def test_a_bad_line_is_named_by_its_number_and_field(tmp_path, line, said):
@@ -218,6 +222,34 @@ def test_what_the_testbed_writes_is_read_back_as_what_it_draws(tmp_path):
         for one, other in zip(a.annotations, b.annotations, strict=True):
             assert one.names == other.names
             np.testing.assert_array_equal(one.mask(), other.mask())
+
+
+def test_a_mask_is_true_where_the_label_map_has_the_regions_number_and_nowhere_else(tmp_path):
+    labels = np.array([[0, 1, 2], [3, 2, 255]], np.uint8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    for source in (labels, tmp_path / "labels.png"):
+        mask = nl.Annotation(("cat",), source, 2).mask()
+        assert mask.tolist() == [[False, False, True], [False, True, False]]
+        assert mask.dtype == np.bool_
+
+
+def test_an_annotation_in_a_file_names_its_regions_and_its_image(tmp_path):
+    path = write_jsonl(
+        tmp_path / "data.jsonl",
+        {
+            "prompt": "?",
+            "annotations": [
+                {"labels": "m/0.png", "names": {"1": ["cat", "black"], "7": ["dog"]}},
+                {"labels": "m/1.png", "names": {"0": ["sky"]}, "image": 1},
+            ],
+        },
+    )
+    read = [(a.names, a.labels, a.number, a.image) for a in nl.read_samples(path)[0].annotations]
+    assert read == [
+        (("cat", "black"), tmp_path / "m/0.png", 1, 0),
+        (("dog",), tmp_path / "m/0.png", 7, 0),
+        (("sky",), tmp_path / "m/1.png", 0, 1),
+    ]
 
 
 def test_a_label_map_that_cannot_be_read_is_a_data_error_that_names_it(tmp_path):
@@ -720,8 +752,10 @@ def test_llava_prompts_have_the_roles_of_their_words(llava, photo):
         ("Wie heißt das Café?", "Das Café heißt »Zürich«."),
         ("这是什么?", "两只猫在睡觉。"),
         ("Emoji?", "A cat 🐈‍⬛ and a smile 🙂."),
+        ("Is it so ?", "It is n't , I 'm sure : we do n't ."),
+        ("What is written?", "Not readable: \ufffd\ufffd, then \ufffd"),
     ],
-    ids=["plain", "spaces", "accents", "chinese", "emoji"],
+    ids=["plain", "spaces", "accents", "chinese", "emoji", "loose", "unreadable"],
 )
 def test_joined_pieces_are_the_text_that_was_tokenised(llava, photo, prompt, response):
     sample = spoken(photo, prompt, response)
@@ -746,6 +780,22 @@ def test_a_word_in_several_tokens_is_found_in_the_pieces(llava, photo):
     assert marks.sum() >= 3
     spelled = "".join(p for p, m in zip(tokens.pieces, marks.tolist(), strict=True) if m)
     assert spelled.strip() == "zebras"
+
+
+def test_the_space_a_prompt_ends_in_is_the_prompts(llava, photo):
+    batch = nl.encode(llava, [spoken(photo, "How many?\n\n", "Two.")])
+    assert text_of(batch, PROMPT) == "How many?\n\n"
+    assert text_of(batch, RESPONSE) == " Two."
+
+
+def test_a_sequence_begins_once_also_where_the_template_writes_its_beginning(llava, photo):
+    processor = copy.deepcopy(llava.processor)
+    processor.chat_template = "<s>" + processor.chat_template
+    begun = nl.adapt(llava.model, processor)
+    sample = spoken(photo, "How many?", "Two.")
+    ids = nl.encode(begun, [sample]).inputs["input_ids"][0]
+    assert (ids == processor.tokenizer.bos_token_id).sum() == 1
+    assert ids[0] == processor.tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize("word", ["café", "猫"])

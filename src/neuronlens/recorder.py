@@ -99,7 +99,8 @@ class _Run:
         done = self.ids.shape[1]
         if ids.shape[1] > 1 and self.prompt_length == done:
             self.prompt_length += ids.shape[1]  # a prompt that is fed in chunks
-        self.inputs |= {k: v for k, v in inputs.items() if k not in self.inputs and v is not None}
+        known = {*self.inputs, "past_key_values"}
+        self.inputs |= {k: v for k, v in inputs.items() if k not in known and v is not None}
         more = _attended(inputs.get("attention_mask"), ids, done)
         self.attended = torch.cat([self.attended, more], 1)
         self.ids = torch.cat([self.ids, ids], 1)

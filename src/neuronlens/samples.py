@@ -298,8 +298,8 @@ def _pieces(tokenizer: Any, ids: Sequence[int], visual: Sequence[bool]) -> tuple
 
     pieces: list[str] = []
     run: list[int] = []
-    shown = told = 0  # tokens of the run that are decoded alone, and that have their text
-    for token, is_visual in zip(ids, visual, strict=True):
+    shown = told = 0  # where the last two stretches of the run that have their text begin
+    for number, (token, is_visual) in enumerate(zip(ids, visual, strict=True)):
         if is_visual:
             pieces.append("")
             run, shown, told = [], 0, 0
@@ -308,7 +308,8 @@ def _pieces(tokenizer: Any, ids: Sequence[int], visual: Sequence[bool]) -> tuple
         # and a token may hold some bytes of a character only.
         run.append(token)
         before, both = text(run[shown:told]) if told else "", text(run[shown:])
-        if both.endswith("\ufffd"):
+        is_last = number + 1 == len(ids) or visual[number + 1]
+        if both.endswith("\ufffd") and not is_last:
             pieces.append("")
             continue
         pieces.append(both[len(before) :])

@@ -22,15 +22,24 @@ _PARTS: tuple[tuple[Module, str], ...] = (
     ("language", "language_model"),
 )
 
+_HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+"""Vision towers whose tokens are described: one per patch, in reading order, after a CLS or not."""
+
 
 @register("llava")
 class LlavaAdapter(ModelAdapter):
-    """Streams: `vision` [image, CLS + patch], `projector` [image, patch], `language`."""
+    """Streams: `vision` [image, CLS (CLIP's) + patch], `projector` [image, patch], `language`."""
 
     def check_model(self) -> None:
         config = self._config
         self._image_token = int(config.image_token_id)
         self._vision = config.vision_config
+        if self._vision.model_type not in _HAS_CLS:
+            raise AdapterError(
+                f"The vision tower is a {self._vision.model_type!r}; LlavaAdapter knows the tokens "
+                f"of {', '.join(_HAS_CLS)}. To describe another: docs/adapters.md."
+            )
+        self._has_cls = _HAS_CLS[self._vision.model_type]
         self._strategy = getattr(config, "vision_feature_select_strategy", "default")
         self.max_tokens = getattr(config.text_config, "max_position_embeddings", None)
 
@@ -146,20 +155,21 @@ class LlavaAdapter(ModelAdapter):
                 for who, which in zip(owner, number, strict=True)
             ]
         )
-        with_cls = torch.cat([torch.full_like(boxes[:, :1], float("nan")), boxes], 1)
-        seen = boxes if self._strategy != "full" else with_cls
+        if self._has_cls:
+            boxes = torch.cat([torch.full_like(boxes[:, :1], float("nan")), boxes], 1)
+        passes_all = self._strategy == "full"
+        seen = boxes if passes_all else boxes[:, 1:]
+        passes_cls = self._has_cls and passes_all
         box[visual] = seen.flatten(0, 1)
         image[visual] = number.repeat_interleave(per_image)
         # With the CLS token passed on ("full"), its placeholder sees no single region.
         cls = torch.zeros(images, per_image, dtype=torch.bool)
-        cls[:, 0] = self._strategy == "full"
+        cls[:, 0] = passes_cls
         role[visual] = torch.where(cls.flatten(), int(Role.SPECIAL), int(Role.VISUAL)).to(
             role.dtype
         )
-        streams["vision"] = _image_rows(with_cls, owner, number, first_is_cls=True)
-        streams["projector"] = _image_rows(
-            seen, owner, number, first_is_cls=self._strategy == "full"
-        )
+        streams["vision"] = _image_rows(boxes, owner, number, first_is_cls=self._has_cls)
+        streams["projector"] = _image_rows(seen, owner, number, first_is_cls=passes_cls)
         return streams
 
     def _images(self, inputs: Mapping[str, Any], placeholders: int) -> tuple[int, ImageSize]:
@@ -174,7 +184,7 @@ class LlavaAdapter(ModelAdapter):
         return (0 if encoded is None else placeholders // self._per_image(processed)), processed
 
     def _per_image(self, processed: ImageSize) -> int:
-        return len(self._cells(processed)) + (self._strategy == "full")
+        return len(self._cells(processed)) + self._has_cls - (self._strategy != "full")
 
     def _cells(self, processed: ImageSize) -> Float[Tensor, "patch 4"]:
         patch = self._vision.patch_size
