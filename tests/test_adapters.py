@@ -155,9 +155,11 @@ def test_widths_are_those_the_config_gives(vlm):
     assert {s.width for s in vlm.select("projector")} == {config.text_config.hidden_size}
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("layer", [-1, -2, -3, -4, 1, 2, [-3, -2], [1, -1]], ids=str)
-def test_a_site_is_inert_exactly_if_silencing_it_changes_no_bit_of_the_logits(layer):
-    model = small_llava(vision_feature_layer=layer)
+def test_a_site_is_inert_exactly_if_silencing_it_changes_no_bit_of_the_logits(layer, tower):
+    full = {"vision_feature_select_strategy": "full"} if tower == "siglip" else {}
+    model = small_llava(siglip() if full else clip(), vision_feature_layer=layer, **full)
     vlm = nl.adapt(model)
     inputs = {
         "input_ids": torch.tensor([[1, 5, *[IMAGE] * 4, 7, 8]]),
@@ -185,20 +187,57 @@ def test_only_what_runs_behind_the_layer_that_is_read_is_inert():
     assert inert == {-1: [], -2: ["vision.2"], 1: ["vision.1", "vision.2"]}
 
 
-@pytest.mark.parametrize("kind", [SiglipVisionConfig, PixtralVisionConfig])
-def test_a_tower_without_a_cls_token_is_refused_or_described_as_it_is(kind):
+def siglip(**more) -> SiglipVisionConfig:
+    """A tower without CLS token, and with a pooling head that LLaVA does not read."""
     sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 24}
-    tower = kind(**sizes, num_hidden_layers=2, num_attention_heads=2)
-    model = small_llava(tower, vision_feature_layer=-1, vision_feature_select_strategy="full")
-    try:
-        vlm = nl.adapt(model)
-    except AdapterError as refused:
-        assert tower.model_type in str(refused)  # noqa: PT017 - either is right
-        return
-    layers = {path for path in activation_modules(model) if ".layers." in path}
-    assert {site.path for site in vlm.sites.values()} >= layers
-    inputs = {"input_ids": torch.tensor([row(4)]), "pixel_values": pixels(1, side=16)}
-    assert vlm.tokens(inputs)["vision"].is_role(Role.VISUAL).tolist() == [[True] * 4]
+    return SiglipVisionConfig(**sizes, num_hidden_layers=3, num_attention_heads=2, **more)
+
+
+def test_a_tower_whose_tokens_are_not_described_is_refused_by_name():
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 24}
+    tower = PixtralVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    with pytest.raises(AdapterError, match=r"'pixtral'.*docs/adapters\.md"):
+        nl.adapt(small_llava(tower, vision_feature_layer=-1, vision_feature_select_strategy="full"))
+
+
+def test_a_pooling_head_is_no_site_and_hides_no_layer():
+    model = small_llava(siglip(), vision_feature_layer=-1, vision_feature_select_strategy="full")
+    vision = nl.adapt(model).select("vision")
+    layers = {path for path in activation_modules(model.model.vision_tower) if ".layers." in path}
+    assert {site.path for site in vision} == {f"model.vision_tower.{path}" for path in layers}
+    assert [site.name for site in vision] == ["vision.0", "vision.1", "vision.2"]
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("tower", [clip, siglip])
+def test_maps_fit_what_runs_with_and_without_a_cls_token_and_with_and_without_the_first(
+    tower, strategy
+):
+    model = small_llava(tower(), vision_feature_layer=-2, vision_feature_select_strategy=strategy)
+    processor = processor_of(
+        16,
+        8,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(tower is clip),
+    )
+    vlm = nl.adapt(model, processor)
+    batch = nl.encode(vlm, testbed.scenes(2))
+    with nl.ActivationRecorder(vlm, None) as recorder, torch.inference_mode():
+        model(**batch.inputs)
+    for name, kept in recorder.activations.items():
+        assert kept.shape[:-1] == batch.tokens[vlm.sites[name].stream].role.shape
+    quarters = [[0, 0, 32, 32], [32, 0, 64, 32], [0, 32, 32, 64], [32, 32, 64, 64]]
+    every = ([None] if tower is clip else []) + quarters
+    passed = every if strategy == "full" else every[1:]  # LLaVA drops the first, CLS or not
+    at = batch.inputs["input_ids"][1] == IMAGE
+    text = batch.tokens["language"]
+    for role, box, wanted in [
+        (batch.tokens["vision"].role[1], batch.tokens["vision"].box[1], every),
+        (batch.tokens["projector"].role[1], batch.tokens["projector"].box[1], passed),
+        (text.role[1][at], text.box[1][at], passed),
+    ]:
+        assert [None if here.isnan().all() else here.tolist() for here in box] == wanted
+        assert role.tolist() == [Role.VISUAL if here else Role.SPECIAL for here in wanted]
 
 
 # Looking sites and neurons up.
@@ -538,28 +577,6 @@ def test_the_cls_token_is_special_and_sees_no_region(vlm):
     assert vision.role[0].tolist() == [Role.SPECIAL] + [Role.VISUAL] * 64
     assert vision.box[0, 0].isnan().all()
     assert vision.image[0, 0] == -1
-
-
-def test_where_the_cls_token_is_passed_on_its_placeholder_is_special():
-    model = small_llava(vision_feature_select_strategy="full")
-    vlm = nl.adapt(model, processor_of(16, 8, vision_feature_select_strategy="full"))
-    scene = testbed.scenes(1)[0]
-    batch = nl.encode(vlm, [scene])
-    text = batch.map_of(0)
-    at = (batch.inputs["input_ids"][0] == IMAGE).nonzero().squeeze(1)
-    assert text.role[at].tolist() == [Role.SPECIAL] + [Role.VISUAL] * 4
-    assert text.box[at[0]].isnan().all()
-    assert text.box[at[1:]].tolist() == [
-        [0, 0, 32, 32],
-        [32, 0, 64, 32],
-        [0, 32, 32, 64],
-        [32, 32, 64, 64],
-    ]
-    assert batch.tokens["projector"].role[0].tolist() == [Role.SPECIAL] + [Role.VISUAL] * 4
-    with nl.ActivationRecorder(vlm, None) as recorder, torch.inference_mode():
-        model(**batch.inputs)
-    for name, kept in recorder.activations.items():
-        assert kept.shape[:-1] == batch.tokens[vlm.sites[name].stream].role.shape
 
 
 def test_text_alone_has_a_language_stream_alone(vlm):

@@ -412,6 +412,16 @@ def test_after_generation_the_prompt_has_its_roles_and_what_is_new_is_the_respon
         assert act.shape[:-1] == tokens[vlm.sites[name].stream].role.shape
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("way", ["dynamic cache", "static cache", "prompt in chunks"])
+def test_padding_is_known_whatever_form_the_models_mask_takes(bed, padded, attention, way):
+    model = copy.deepcopy(bed.model)
+    model.set_attn_implementation(attention)
+    recorder, _ = generated(nl.adapt(model, bed.processor), padded, "language.0", **WAYS[way])
+    role = recorder.tokens["language"].role[:, : padded.inputs["attention_mask"].shape[1]]
+    assert torch.equal(role == Role.PAD, padded.inputs["attention_mask"] == 0)
+
+
 def test_recording_does_not_change_what_is_generated(vlm, asked):
     for how in (*WAYS.values(), {"num_beams": 3}):
         plain = vlm.model.generate(**asked.inputs, do_sample=False, max_new_tokens=NEW, **how)
@@ -608,6 +618,18 @@ def test_two_unrelated_forwards_are_two_runs_and_not_one_activation(vlm, asked, 
     for run, batch in zip(recorder.runs, (asked, other), strict=True):
         inputs = batch.inputs
         assert_recorded(run, by_hand(vlm.model, inputs["input_ids"], inputs["pixel_values"]))
+
+
+def test_another_prompt_of_one_token_more_is_another_run_and_not_a_step(vlm, asked, scenes):
+    longer = [
+        replace(scene, response=None, prompt="describe the image . what") for scene in scenes[:2]
+    ]
+    other = nl.encode(vlm, longer)
+    assert other.inputs["input_ids"].shape[1] == asked.inputs["input_ids"].shape[1] + 1
+    with nl.ActivationRecorder(vlm) as recorder, torch.inference_mode():
+        vlm.model(**asked.inputs)
+        vlm.model(**other.inputs)
+    assert [run["language.0"].shape[1] for run in recorder.runs] == [71, 72]
 
 
 def test_two_generations_are_two_runs(vlm, asked):
