@@ -210,3 +210,9 @@ def test_samples_that_share_a_token_map_are_covered_by_their_own_masks():
     assert said.phrases == ("red",)
     (best, *_) = nl.DissectionExplainer().matches([one, other], "visual")
     assert best.r == pytest.approx(1)
+
+
+def test_concepts_that_fit_equally_well_are_named_beside_the_chosen_one():
+    one = exemplar("vvv", [9.0, 0.0, 1.0], {"round": [0], "circle": [0], "blue": [2]})
+    said = explained([one], "visual")
+    assert (said.phrases, said.ties) == (("circle",), ("round",))

@@ -869,3 +869,9 @@ def test_nothing_is_warned_of_where_nothing_is_wrong(vlm, scene, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nl.encode(vlm, nl.read_samples(testbed.write(tmp_path / "scenes", 1)))
+
+
+def test_a_path_as_text_and_a_single_image_are_taken_for_what_they_mean(photo):
+    assert nl.Sample("s", ("a.png",), "p").images == (Path("a.png"),)
+    assert nl.Sample("s", Path("a.png"), "p").images == (Path("a.png"),)
+    assert nl.Sample("s", [photo], "p").images == (photo,)

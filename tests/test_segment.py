@@ -93,3 +93,10 @@ def test_masks_come_from_label_files(tmp_path):
 def test_an_image_that_cannot_be_opened_is_a_sample_error(tmp_path):
     with pytest.raises(SampleError, match="missing image"):
         AnnotationSegmenter().segment(nl.Sample("s", (tmp_path / "gone.png",), "p"), 0, ["red"])
+
+
+def test_a_label_map_of_another_size_than_its_image_is_refused():
+    image = Image.new("RGB", (8, 4))
+    sample = nl.Sample("s", (image,), "p", annotations=(nl.Annotation(("red",), np.ones((8, 4))),))
+    with pytest.raises(DataError, match="labels of its size"):
+        nl.AnnotationSegmenter().segment(sample, 0, ["red"])

@@ -57,6 +57,7 @@ def test_a_simulators_job_has_no_place_for_true_activations():
         "words",
         "predicts",
         "explainer",
+        "ties",
     }
 
 

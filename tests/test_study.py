@@ -477,7 +477,16 @@ def side(r=None, undefined=None) -> ModalityScore:
 
 
 MANIFEST = StudyManifest(
-    model="m", model_name="m", readings={}, explainer="E", sampling="top", null_draws=1, seed=0
+    model="m",
+    model_name="m",
+    readings={},
+    explainer="E",
+    sampling="top",
+    null_draws=1,
+    seed=0,
+    simulators={},
+    explain=(1,),
+    held_out=(3,),
 )
 
 

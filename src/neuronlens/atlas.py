@@ -343,6 +343,10 @@ class Atlas:
         except (SafetensorError, OSError) as error:
             raise AtlasError(f"{self.path}/{name} cannot be read: {error}.") from error
 
+    def __repr__(self) -> str:
+        name, samples = self.manifest.model.name, self.manifest.samples
+        return f"Atlas({str(self.path)!r}: {name}, {samples} samples)"
+
     def _repr_html_(self) -> Html:
         manifest, choices = self.manifest, self.choices
         modules = Counter[str]()
@@ -370,10 +374,11 @@ def site_file(site: str) -> str:
 
 
 def require_free(out: str | Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that holds something or cannot be made.
 
     Raises:
-        OutputError: If `out` exists and is not an empty folder.
+        OutputError: If `out` exists and is not an empty folder, or its parent is not
+            writable.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -381,6 +386,12 @@ def require_free(out: str | Path) -> None:
             f"{out} exists already and would be overwritten. Choose another folder, or open what "
             "is there."
         )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
 
 
 @contextmanager
@@ -393,7 +404,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out)
     require_free(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         working = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise OutputError(

@@ -214,7 +214,7 @@ class Classification:
 
     @property
     def readings(self) -> dict[str, object]:
-        """All readings these numbers depend on: the scan's and the classifier's."""
+        """All readings these numbers depend on, the scan's and the classifier's."""
         return {**self.scan, **asdict(self.classifier)}
 
     def of(self, neuron: NeuronId) -> Category:
@@ -276,7 +276,7 @@ class Classification:
         Neurons that tie at the cut are weighted fractionally, so that the numbers add up
         and no layer is favoured by its index.
 
-        Source: P1, Figure 7 (there the top 3 %).
+        Source: P1, section 4.4 and Figure 7 (there the top 3 %).
         """
         names = self._of_module(module)
         layer = np.concatenate(
@@ -359,6 +359,10 @@ class Classification:
 
     def _probabilities(self, module: Module | None) -> Float[np.ndarray, "neuron 4"]:
         return np.concatenate([self.sites[name].probability for name in self._of_module(module)])
+
+    def __repr__(self) -> str:
+        count = sum(len(site.category) for site in self.sites.values())
+        return f"Classification({count} neurons at {len(self.sites)} sites, {self.classifier})"
 
     def _repr_html_(self) -> Html:
         rows = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Atlas
-from neuronlens.errors import CaptureError, OutputError, UnknownNameError
+from neuronlens.errors import CaptureError, OutputError, SampleError, UnknownNameError
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import record
 from neuronlens.samples import Sample, encode
@@ -40,7 +40,7 @@ from neuronlens.tokens import TEXT_ROLES, Role, TokenMap
 
 EXPLAIN_RANKS: Final = (1, 5, 9, 13, 17)
 HELD_OUT_RANKS: Final = (3, 7, 11, 15, 19)
-"""P1, sections 3.3 and 4.5: explained from the first, scored on the second."""
+"""P1, section 4.6: explained from the first, scored on the second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +67,9 @@ class Exemplar:
     text_roles: tuple[Role, ...] = TEXT_ROLES
     rank: int | None = None
     position: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Exemplar({self._title()})"
 
     @cached_property
     def visual(self) -> Bool[np.ndarray, " token"]:
@@ -445,6 +448,8 @@ def look(
     tokens = batch.map_of(0, site.stream)
     values = sink.kept[site.name][sink.maps[site.name].where(0), 0].numpy()
     roles = (Role.RESPONSE,) if sample.response else TEXT_ROLES
+    if not np.isfinite(values).all():
+        raise SampleError(sample.id, "non-finite activations", f"at {neuron}.")
     if maximum is None:
         maximum = float(values[tokens.is_role(Role.VISUAL, *roles).numpy()].max())
     return Exemplar(neuron, sample, tokens, values, maximum, roles)

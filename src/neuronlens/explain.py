@@ -160,6 +160,11 @@ class DissectionExplainer:
             phrases=() if job.category == "text" else (best.concept,),
             words=() if job.category == "visual" else self._words(best.concept),
             predicts=best.predicts,
+            ties=tuple(
+                m.concept
+                for m in found[1:]
+                if math.isclose(m.r, best.r, rel_tol=1e-9) and m.predicts == best.predicts
+            ),
             explainer=self.name,
         )
 

@@ -15,6 +15,8 @@ class Explanation(BaseModel):
         phrases: Up to three short noun phrases a detector can look for.
         words: Words at which the neuron fires on text, for a simulator that needs no LLM.
         predicts: Whether it fires on the token before the words rather than on them.
+        ties: Other concepts that fit the exemplars exactly as well, from which this one was
+            chosen by name.
         explainer: What made the explanation.
     """
 
@@ -24,6 +26,7 @@ class Explanation(BaseModel):
     phrases: tuple[str, ...] = Field(default=(), max_length=3)
     words: tuple[str, ...] = ()
     predicts: bool = False
+    ties: tuple[str, ...] = ()
     explainer: str = ""
 
 

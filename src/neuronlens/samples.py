@@ -78,6 +78,13 @@ class Sample:
     domain: str | None = None
     annotations: tuple[Annotation, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Take paths as text, and a single image without a tuple, for what they mean."""
+        given: Any = self.images
+        several = given if isinstance(given, (tuple, list)) else (given,)
+        images = tuple(Path(each) if isinstance(each, str) else each for each in several)
+        object.__setattr__(self, "images", images)
+
     def open_images(self) -> list[Image.Image]:
         """The images as RGB, turned upright as their EXIF data say.
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from neuronlens import atlas as atlases
 from neuronlens.adapters import ModelAdapter, SiteSelection
@@ -227,7 +227,7 @@ def scan(
     Returns:
         The atlas, opened.
 
-    Source: P1, section 3.1, with the readings of docs/methods.md.
+    Source: P1, sections 3.2 and 4.1, with the readings of docs/methods.md.
 
     Raises:
         OutputError: If `out` holds something, or cannot be written.
@@ -244,13 +244,16 @@ def scan(
     }.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
+    roles = tuple(sorted({_text_role(each) for each in text_roles}))
+    if not roles:
+        raise ValueError("text_roles is empty. Give 'response', 'prompt' or both.")
     adapter.require_eval()
     chosen = adapter.select(sites)
     choices = Choices(
         n=n,
         keep_visual=keep_visual,
         keep_text=keep_text,
-        text_roles=tuple(sorted({_text_role(each) for each in text_roles})),
+        text_roles=roles,
         neuron=adapter.neuron_kind,
         template=template,
         batch_size=batch_size,

@@ -55,7 +55,7 @@ class ModalityScore(BaseModel):
 
     @property
     def counted(self) -> float | None:
-        """What an aggregate counts: 0 for a constant prediction, None (left out) otherwise.
+        """What an aggregate counts, which is 0 for a constant prediction; None is left out.
 
         Source: docs/methods.md, row 14. Dropping constant predictions would reward empty
         masks; a constant truth can be predicted neither well nor badly.
@@ -99,7 +99,7 @@ class Score(BaseModel):
 
     @property
     def value(self) -> float | None:
-        """The neuron's score: of its modality, or the mean of both; None if undefined.
+        """The neuron's score, of its modality or the mean of both; None if undefined.
 
         Source: P1, section 3.3.
         """

@@ -205,6 +205,9 @@ class ModelAdapter(ABC):
                     "are random. Call model.eval() first."
                 )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self.sites)} sites)"
+
     def _repr_html_(self) -> Html:
         rows = []
         for module in dict.fromkeys(site.module for site in self.sites.values()):

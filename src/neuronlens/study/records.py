@@ -119,7 +119,10 @@ class StudyManifest(BaseModel):
         model_name: Where it was loaded from.
         readings: Of the scan and the classification.
         explainer: Class of the explainer.
+        simulators: Class of the simulator of each modality.
         sampling: How the explaining exemplars were chosen.
+        explain: Ranks explained from.
+        held_out: Ranks scored on.
         null_draws: Other neurons' explanations per neuron.
         seed: Of all draws.
     """
@@ -128,7 +131,10 @@ class StudyManifest(BaseModel):
     model_name: str
     readings: dict[str, Any]
     explainer: str
+    simulators: dict[str, str]
     sampling: str
+    explain: tuple[int, ...]
+    held_out: tuple[int, ...]
     null_draws: int
     seed: int
 
@@ -151,6 +157,11 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         self.manifest = manifest
         self.records = {record.id: record for record in records}
         self.samples = {(each.sample.position, each.stream): each for each in samples}
+
+    def __repr__(self) -> str:
+        return (
+            f"Study({len(self)} neurons of {self.manifest.model_name}, {self.manifest.explainer})"
+        )
 
     def __getitem__(self, neuron: NeuronId) -> NeuronRecord:
         if neuron not in self.records:

@@ -82,7 +82,7 @@ def explain_neurons(
         seed: Of all draws.
         batch_size: Samples per forward.
 
-    Source: P1, sections 3.3 and 4.5.
+    Source: P1, sections 3.3 and 4.6.
 
     Raises:
         AtlasError: If atlas, classification and model do not belong together.
@@ -159,7 +159,10 @@ def explain_neurons(
         model_name=atlas.manifest.model.name,
         readings=kinds.readings,
         explainer=type(explainer).__name__,
+        simulators={name: type(each).__name__ for name, each in simulators.items()},
         sampling=sampling,
+        explain=tuple(explain),
+        held_out=tuple(held_out),
         null_draws=null_draws,
         seed=seed,
     )

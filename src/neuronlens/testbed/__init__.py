@@ -1,8 +1,10 @@
 """A small vision-language model that was really trained, its world, and planted neurons.
 
+::
+
     bed = neuronlens.testbed.load()
     vlm = neuronlens.adapt(bed.model, bed.processor)
-    samples = neuronlens.testbed.world(300, seed=1)
+    samples = neuronlens.testbed.scenes(300, seed=1)
 
 Everything found on it proves a pipeline; it says nothing about a 7B model.
 """
@@ -34,7 +36,7 @@ FOLDER: Final = Path(__file__).parent / "trained"
 READINGS: Final = {"n_t": 1}
 """Constants of `NeuronClassifier` that fit this testbed.
 
-A word occurs one to three times in a caption of 33 words, so P1's n_t = 2 ("at least three
+A colour or shape is mostly said twice in a caption of 33 words, so P1's n_t = 2 ("at least three
 tokens") calls neurons that fire on a single word unknown.
 """
 
