@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from neuronlens.errors import NeuronLensError, UnknownNameError
@@ -15,6 +15,7 @@ numbers = st.integers(0, 10**6)
 
 @settings(deadline=None)
 @given(site_names, numbers, st.none() | numbers)
+@example("language.0", 0, 0)
 def test_a_written_neuron_is_read_back_as_itself(site, index, expert):
     neuron = NeuronId(site, index, expert)
     assert NeuronId.parse(str(neuron)) == neuron
