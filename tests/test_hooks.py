@@ -73,7 +73,7 @@ def test_a_hook_that_returns_a_tensor_replaces_the_output(mlp):
 
 def test_hooks_are_gone_when_the_block_ends(mlp):
     with hooked({"act": mlp[1]}, look):
-        assert hooks_of(mlp) == 1
+        assert hooks_of(mlp) > 0
         mlp(torch.zeros(1, 4))
     assert hooks_of(mlp) == 0
 

@@ -9,6 +9,7 @@ product can be saved.
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
+from neuronlens.activations import Routed
 from neuronlens.adapters import ModelAdapter, adapt, register
 from neuronlens.atlas import Atlas
 from neuronlens.classify import Classification, NeuronClassifier
@@ -16,6 +17,7 @@ from neuronlens.errors import NeuronLensError
 from neuronlens.exemplars import Exemplar, exemplars, look
 from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob
 from neuronlens.explanation import Explanation, Failure
+from neuronlens.intervene import deactivate
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import ActivationRecorder, Sink, record
 from neuronlens.report import Control, report
@@ -53,6 +55,7 @@ __all__ = [
     "NeuronLensError",
     "NeuronSite",
     "Role",
+    "Routed",
     "Sample",
     "Score",
     "Segmenter",
@@ -64,6 +67,7 @@ __all__ = [
     "TokenMap",
     "WordSimulator",
     "adapt",
+    "deactivate",
     "encode",
     "exemplars",
     "explain_neurons",

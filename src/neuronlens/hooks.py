@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,34 +18,108 @@ OutputHook = Callable[[str, Tensor], Tensor | None]
 CallHook = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: what it was given and, once it has run, what it gave."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where to attach, and what to do there.
+
+    Attributes:
+        module: The module to attach to.
+        hook: Called with every call; what it returns, if not None, replaces the module's
+            first input (`before`) or its output.
+        before: Whether to look at the call before it runs.
+        call: Which of the module's calls within a forward is meant, from 0.
+        calls: How often the module is called in each forward.
+    """
+
+    module: nn.Module
+    hook: Callable[[Call], Any]
+    before: bool = False
+    call: int = 0
+    calls: int = 1
+
+
+@contextmanager
+def attached(points: Mapping[str, Sequence[Point]]) -> Iterator[set[str]]:
+    """Attach at every point for the length of the block.
+
+    All hooks are gone when the block ends, however it ends. The block receives the names
+    of which some point has not run yet.
+
+    Raises:
+        CaptureError: If the block ended well but some point never ran, for example because
+            a fused kernel took the module's place.
+    """
+    waiting = {(name, i) for name, several in points.items() for i in range(len(several))}
+    unseen = set(points)
+
+    with ExitStack() as stack:
+        for name, several in points.items():
+            for i, point in enumerate(several):
+                stack.callback(_attach(point, (name, i), waiting, unseen))
+        yield unseen
+    missing = {name for name, _ in waiting}
+    if missing:
+        raise CaptureError(
+            f"{len(missing)} of {len(points)} hooked modules never ran: "
+            f"{', '.join(sorted(missing)[:8])}{', ...' if len(missing) > 8 else ''}. "
+            "Call the whole model, with an image, inside the block. If it was, a fused kernel "
+            "took their place: load the model without kernels."
+        )
+
+
+def _attach(
+    point: Point, key: tuple[str, int], waiting: set[tuple[str, int]], unseen: set[str]
+) -> Callable[[], None]:
+    count = 0
+
+    def is_meant() -> bool:
+        nonlocal count
+        mine = count % point.calls == point.call
+        count += 1
+        if mine:
+            waiting.discard(key)
+            unseen.discard(key[0])
+        return mine
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = point.hook(Call(module, args, kwargs)) if is_meant() else None
+        if new is None:
+            return None
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): new}
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        return point.hook(Call(module, args, kwargs, out)) if is_meant() else None
+
+    if point.before:
+        return point.module.register_forward_pre_hook(enter, with_kwargs=True).remove
+    return point.module.register_forward_hook(leave, with_kwargs=True).remove
+
+
 @contextmanager
 def hooked(modules: Mapping[str, nn.Module], hook: OutputHook) -> Iterator[set[str]]:
     """Show `hook` the output of each module, for the length of the block.
 
     A hook that returns None only looks; one that returns a tensor replaces the output.
-    All hooks are gone when the block ends, however it ends. The block receives the names
-    that have not run yet.
-
-    Raises:
-        CaptureError: If the block ended well but some module never ran, for example
-            because a fused kernel took its place.
+    The rest is as in `attached`.
     """
-    unseen = set(modules)
 
-    def call(name: str, _module: nn.Module, _args: object, out: Tensor) -> Tensor | None:
-        unseen.discard(name)
-        return hook(name, out)
+    def point(name: str, module: nn.Module) -> Point:
+        return Point(module, lambda call: hook(name, call.out))
 
-    with ExitStack() as attached:
-        for name, module in modules.items():
-            attached.callback(module.register_forward_hook(partial(call, name)).remove)
+    with attached({name: [point(name, module)] for name, module in modules.items()}) as unseen:
         yield unseen
-    if unseen:
-        raise CaptureError(
-            f"{len(unseen)} of {len(modules)} hooked modules never ran: "
-            f"{', '.join(sorted(unseen)[:8])}{', ...' if len(unseen) > 8 else ''}. "
-            "Call the whole model, with an image, inside the block."
-        )
 
 
 @contextmanager
@@ -64,6 +139,35 @@ def watched(model: nn.Module, before: CallHook, after: Callable[[], None]) -> It
     with ExitStack() as attached:
         attached.callback(model.register_forward_pre_hook(enter, with_kwargs=True).remove)
         attached.callback(model.register_forward_hook(leave).remove)
+        yield
+
+
+@contextmanager
+def overheard(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
+    """Write down the images `generate()` encodes before it calls the model.
+
+    It calls `get_image_features` of the base model, which is no module; so the instance is
+    given a method of that name that listens, and loses it when the block ends.
+
+    Args:
+        model: The model.
+        inputs: Takes the named arguments.
+    """
+    base: Any = getattr(model, "base_model", model)
+    with ExitStack() as stack:
+        for name in ("get_image_features", "get_video_features"):
+            method = getattr(base, name, None)
+            if method is None or name in vars(base):
+                continue
+
+            def listen(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
+                bound = inspect.signature(_method).bind_partial(*args, **kwargs).arguments
+                extra = bound.pop("kwargs", {})
+                inputs.update({k: v for k, v in (bound | extra).items() if isinstance(v, Tensor)})
+                return _method(*args, **kwargs)
+
+            vars(base)[name] = functools.wraps(method)(listen)
+            stack.callback(vars(base).pop, name, None)
         yield
 
 

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, SiteSelection
-from neuronlens.errors import CaptureError
-from neuronlens.hooks import hooked, refuse_compiled, uncompiled, watched
+from neuronlens.errors import AdapterError, CaptureError
+from neuronlens.hooks import Point, attached, overheard, refuse_compiled, uncompiled, watched
 from neuronlens.neurons import NeuronSite
 from neuronlens.tokens import Role, TokenMap
-
-Activations = Float[Tensor, "*axes neuron"]
 
 
 class Sink(Protocol):
     """What takes activations while the model runs."""
 
-    def take(self, site: NeuronSite, activation: Activations, tokens: TokenMap) -> None:
+    def take(self, site: NeuronSite, activation: Activation, tokens: TokenMap) -> None:
         """Take one site's act_fn output of one forward.
 
         Args:
             site: The site that has just run.
-            activation: Its output, on the layer's device and in its dtype, detached. It
-                belongs to the model: reduce or copy it, keep no view of it.
+            activation: Its output, on the layer's device and in its dtype, detached:
+                `[*token axes, neuron]`, or `Routed` for routed experts. It belongs to the
+                model: reduce or copy it, keep no view of it.
             tokens: What the leading axes of `activation` are.
         """
         ...
@@ -52,36 +54,119 @@ def record(
             its stream.
     """
     chosen = {site.name: site for site in adapter.select(sites)}
-    ran: set[str] = set()
+    waiting: dict[str, list[Activation]] = {name: [] for name in chosen}
+    done: set[str] = set()
 
-    def hand_over(name: str, out: Tensor) -> None:
+    def see(name: str, out: Activation) -> None:
         site = chosen[name]
-        if name in ran:
+        if name in done:
             raise CaptureError(
                 f"Site {name} ran twice in one block of record(). Run one forward per block; for "
                 "generate() use ActivationRecorder."
             )
-        ran.add(name)
         if site.stream not in tokens:
             raise CaptureError(
                 f"Site {name} runs on the stream {site.stream!r}, of which no token map was given "
                 f"(given: {', '.join(tokens)})."
             )
-        _check_shape(site, out, tokens[site.stream])
-        sink.take(site, out.detach(), tokens[site.stream])
+        there = tokens[site.stream]
+        # A block may run once per tile: its tokens are complete when the stream's are.
+        before = waiting[name]
+        rows = sum(map(_row_count, before)) + _row_count(out)
+        if rows < _rows_of(adapter, site, there):
+            before.append(_copied(out))
+            return
+        whole = _on_stream(adapter, site, [*before, _detached(out)], there)
+        done.add(name)
+        waiting[name] = []
+        sink.take(site, whole, there)
 
     refuse_compiled(adapter.model)
-    with hooked({name: adapter.act_module(site) for name, site in chosen.items()}, hand_over):
+    with attached(_reading(adapter, chosen, see)):
         yield
+    for name, parts in waiting.items():
+        if parts and name not in done:
+            _on_stream(adapter, chosen[name], parts, tokens[chosen[name].stream])
 
 
-def _check_shape(site: NeuronSite, out: Tensor, tokens: TokenMap) -> None:
-    wanted = (*tokens.role.shape, site.width)
-    if tuple(out.shape) != wanted:
+def _reading(
+    adapter: ModelAdapter, sites: Mapping[str, NeuronSite], see: Callable[[str, Activation], None]
+) -> dict[str, list[Point]]:
+    return {
+        name: adapter.tap(site).reading(adapter.model, partial(see, name), adapter.neuron_kind)
+        for name, site in sites.items()
+    }
+
+
+def _detached(out: Activation) -> Activation:
+    if isinstance(out, Routed):
+        return Routed(out.values.detach(), out.expert, out.experts)
+    return out.detach()
+
+
+def _copied(out: Activation, device: torch.device | str | None = None) -> Activation:
+    if isinstance(out, Routed):
+        return out.copy(device)
+    return out.detach().to(device or out.device, copy=True)
+
+
+def _row_count(out: Activation) -> int:
+    if isinstance(out, Routed):
+        return out.expert.numel() // max(1, out.expert.shape[-1])
+    return out.numel() // max(1, out.shape[-1])
+
+
+def _comes_in(
+    adapter: ModelAdapter, site: NeuronSite, role: Tensor
+) -> Bool[Tensor, "*axes"] | None:
+    """Which tokens of a stream a site sees at all; None for every one."""
+    only = getattr(adapter.tap(site), "only", None)
+    if only is None:
+        return None
+    is_visual = role == Role.VISUAL
+    return is_visual if only == "visual" else ~is_visual
+
+
+def _rows_of(adapter: ModelAdapter, site: NeuronSite, tokens: TokenMap) -> int:
+    comes_in = _comes_in(adapter, site, tokens.role)
+    return len(tokens) if comes_in is None else int(comes_in.sum())
+
+
+def _joined(parts: Sequence[Activation]) -> Activation:
+    """Parts that ran one after the other, on one token axis; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Routed):
+        return Routed.cat([part.flat() for part in parts if isinstance(part, Routed)])
+    return torch.cat([part.flatten(0, -2) for part in parts if isinstance(part, Tensor)])
+
+
+def _on_stream(
+    adapter: ModelAdapter, site: NeuronSite, parts: Sequence[Activation], tokens: TokenMap
+) -> Activation:
+    """The activations on the axes of their stream.
+
+    Raises:
+        CaptureError: If they are not as many.
+    """
+    whole = _joined(parts)
+    comes_in = _comes_in(adapter, site, tokens.role)
+    if comes_in is not None and isinstance(whole, Routed):
+        if _row_count(whole) == int(comes_in.sum()):
+            rows = comes_in.flatten().nonzero().squeeze(1).to(whole.device)
+            whole = whole.spread(rows, len(tokens))
+    _check_shape(site, whole, tokens)
+    if isinstance(whole, Routed):
+        return whole.reshape(*tokens.role.shape)
+    return whole.reshape(*tokens.role.shape, site.width)
+
+
+def _check_shape(site: NeuronSite, out: Activation, tokens: TokenMap) -> None:
+    if _row_count(out) != len(tokens) or out.shape[-1] != site.width:
         raise CaptureError(
             f"Site {site.name} gave activations of shape {tuple(out.shape)}, but its stream "
-            f"{site.stream!r} has {wanted[:-1]} tokens and the site {site.width} neurons. Are the "
-            "token maps those of these inputs?"
+            f"{site.stream!r} has {tuple(tokens.role.shape)} tokens and the site {site.width} "
+            "neurons. Are the token maps those of these inputs?"
         )
 
 
@@ -93,7 +178,11 @@ class _Run:
         self.ids = ids
         self.attended = _attended(inputs.get("attention_mask"), ids, 0)
         self.prompt_length = ids.shape[1]
-        self.kept: dict[str, list[Tensor]] = {}
+        self.kept: dict[str, list[Activation]] = {}
+        self.encoder_inputs: dict[str, Any] = {}
+        self.forwards = 0
+        self.prefix = 0
+        self.maps: dict[str, TokenMap] | None = None
 
     def go_on(self, inputs: Mapping[str, Any], ids: Int[Tensor, "batch token"]) -> None:
         done = self.ids.shape[1]
@@ -105,12 +194,30 @@ class _Run:
         self.attended = torch.cat([self.attended, more], 1)
         self.ids = torch.cat([self.ids, ids], 1)
 
-    def prompt(self) -> dict[str, Any]:
-        """The inputs of one forward over the prompt, without what was generated."""
-        return self.inputs | {
-            "input_ids": self.ids[:, : self.prompt_length],
-            "attention_mask": self.attended[:, : self.prompt_length],
+    def kept_tokens(self, name: str) -> int:
+        """How many of the text's tokens of a site are kept."""
+        kept = sum(_length(part) for part in self.kept.get(name, []))
+        return max(0, kept - self.prefix)
+
+    def prompt(self, text_input: str, beams: int = 1) -> dict[str, Any]:
+        """The inputs of one forward over the prompt, of every `beams`-th row."""
+        rows = len(self.ids)
+        inputs = self.inputs | {
+            text_input: self.ids[:, : self.prompt_length],
+            _mask_name(text_input): self.attended[:, : self.prompt_length],
         }
+        if beams > 1:
+            inputs = {
+                name: value[::beams]
+                if isinstance(value, Tensor) and value.ndim and len(value) == rows
+                else value
+                for name, value in inputs.items()
+            }
+        return inputs | self.encoder_inputs
+
+
+def _mask_name(text_input: str) -> str:
+    return "attention_mask" if text_input == "input_ids" else "decoder_attention_mask"
 
 
 def _attended(mask: Any, ids: Int[Tensor, "batch token"], done: int) -> Int[Tensor, "batch token"]:
@@ -176,17 +283,20 @@ class ActivationRecorder:
         self._runs: list[_Run] = []
         self._skip = 0
         self._open = False
-        self._early: dict[str, Tensor] = {}
+        self._early: dict[str, list[Activation]] = {}
+        self._encoder_inputs: dict[str, Any] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> ActivationRecorder:
         self._runs.clear()
         self._early.clear()
-        modules = {name: self.adapter.act_module(site) for name, site in self.sites.items()}
+        self._encoder_inputs.clear()
+        model = self.adapter.model
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
-            stack.enter_context(hooked(modules, self._keep))
-            stack.enter_context(watched(self.adapter.model, self._begin, self._end))
+            stack.enter_context(attached(_reading(self.adapter, self.sites, self._keep)))
+            stack.enter_context(overheard(model, self._encoder_inputs))
+            stack.enter_context(watched(model, self._begin, self._end))
             self._stack = stack.pop_all()
         return self
 
@@ -199,8 +309,10 @@ class ActivationRecorder:
         return self._stack.__exit__(kind, error, trace)
 
     @property
-    def activations(self) -> dict[str, Activations]:
+    def activations(self) -> dict[str, Activation]:
         """By site name, act_fn outputs `[*axes of the site's stream, neuron]`.
+
+        `Routed` for sites with routed experts: see its `dense()`.
 
         Raises:
             CaptureError: If several unrelated forwards ran in the block; see `runs`.
@@ -213,14 +325,14 @@ class ActivationRecorder:
         return self._tokens(self._runs[self._only()])
 
     @property
-    def runs(self) -> list[dict[str, Activations]]:
+    def runs(self) -> list[dict[str, Activation]]:
         """The activations of each sequence, if several were run in the block."""
         return [
-            {name: torch.cat(run.kept[name], -2) for name in self.sites if name in run.kept}
+            {name: self._whole(run, site) for name, site in self.sites.items() if name in run.kept}
             for run in self._runs
         ]
 
-    def follow(self, beam_indices: Int[Tensor, "sequence step"]) -> dict[str, Activations]:
+    def follow(self, beam_indices: Int[Tensor, "sequence step"]) -> dict[str, Tensor]:
         """Language activations of the sequences a beam search returned.
 
         Args:
@@ -228,16 +340,18 @@ class ActivationRecorder:
                 row each step was continued from, -1 after a sequence ended.
 
         Returns:
-            By site, `[sequence, token, neuron]`; NaN after a sequence's end.
+            By site, `[sequence, token, neuron]` (routed sites: `dense()`); NaN after a
+            sequence's end.
         """
         run = self._runs[self._only()]
         rows = beam_indices.cpu()
         steps = run.ids.shape[1] - run.prompt_length
         followed = {}
         for name, site in self.sites.items():
-            if site.stream != "language":
+            if site.stream not in self.adapter.growing:
                 continue
-            kept = self.activations[name]
+            whole = self.activations[name]
+            kept = whole.dense() if isinstance(whole, Routed) else whole
             first = kept[rows[:, 0].to(kept.device), : run.prompt_length]
             parts = [first]
             # Step t's scores were computed on the row that beam_indices[t] names, which is
@@ -260,23 +374,33 @@ class ActivationRecorder:
         return 0
 
     def _begin(self, inputs: dict[str, Any]) -> None:
-        ids = inputs.get("input_ids")
+        ids = inputs.get(self.adapter.text_input)
+        if inputs.get("encoder_outputs") is not None:
+            raise CaptureError(
+                "generate() of an encoder-decoder model runs its encoder by itself, which is not "
+                "recorded. Call the model with the whole decoder_input_ids inside the block."
+            )
         if not isinstance(ids, Tensor):
             raise CaptureError(
-                "The model was called without input_ids, so its tokens cannot be told apart. Call "
-                "it with input_ids, not inputs_embeds."
+                f"The model was called without {self.adapter.text_input}, so its tokens cannot be "
+                f"told apart. Call it with {self.adapter.text_input}, not with embeddings."
             )
         cache = inputs.get("past_key_values")
         done = int(cache.get_seq_length()) if cache is not None else 0
-        self._skip, self._open = 0, True
         run = self._runs[-1] if self._runs else None
+        if done and run is not None and run.prefix:
+            done -= run.prefix
+        self._skip, self._open = 0, True
         if run is not None and done == 0 and _repeats(run.ids, ids):
             self._skip = done = run.ids.shape[1]  # generation without a cache
             ids = ids[:, done:]
         if done == 0:
-            self._runs.append(_Run(inputs, ids))
-            self._runs[-1].kept |= {name: [out] for name, out in self._early.items()}
-            self._early.clear()
+            run = _Run(inputs, ids)
+            run.kept |= self._early
+            run.encoder_inputs |= self._encoder_inputs
+            self._runs.append(run)
+            self._early = {}
+            self._encoder_inputs.clear()
         elif run is None or run.ids.shape[1] != done:
             have = 0 if run is None else run.ids.shape[1]
             self._open = False
@@ -286,40 +410,95 @@ class ActivationRecorder:
             )
         else:
             run.go_on(inputs, ids)
+        run.forwards += 1
 
     def _end(self) -> None:
         self._open = False
+        self._encoder_inputs.clear()
 
-    def _keep(self, name: str, out: Tensor) -> None:
+    def _keep(self, name: str, out: Activation) -> None:
         site = self.sites[name]
+        grows = site.stream in self.adapter.growing
         if not self._open:
-            if site.stream == "language":
+            if grows:
                 raise CaptureError(
                     f"Site {name} ran outside a call of the recorded model. Call the model itself, "
                     "not a part of it: the recorder needs its inputs to know the tokens."
                 )
             # generate() encodes the images before it first calls the model.
-            self._early[name] = self._copy(out)
+            self._early.setdefault(name, []).append(_copied(out, self._device))
             return
         run = self._runs[-1]
-        parts = run.kept.setdefault(name, [])
-        if site.stream != "language":
-            if not parts:
-                parts.append(self._copy(out))
+        if not grows:
+            if run.forwards == 1:  # later steps may encode the images again
+                run.kept.setdefault(name, []).append(_copied(out, self._device))
             return
-        if sum(part.shape[1] for part in parts) + out.shape[1] - self._skip != run.ids.shape[1]:
-            raise CaptureError(
-                f"Site {name} gave {out.shape[1]} tokens where {run.ids.shape[1]} were expected."
+        batch, new = len(run.ids), run.ids.shape[1] - run.kept_tokens(name)
+        if _comes_in(self.adapter, site, torch.zeros(0)) is not None:
+            run.kept.setdefault(name, []).append(
+                _copied(self._spread(run, site, out), self._device)
             )
-        parts.append(self._copy(out[:, self._skip :]))
+            return
+        out = _by_batch(out, batch)
+        if name not in run.kept and self.adapter.prefixes_images:
+            run.prefix = _length(out) - new
+        expected = new + self._skip + (run.prefix if name not in run.kept or self._skip else 0)
+        if _length(out) != expected:
+            raise CaptureError(
+                f"Site {name} gave {_length(out)} tokens where {expected} were expected."
+            )
+        skip = self._skip + (run.prefix if self._skip else 0)
+        run.kept.setdefault(name, []).append(_copied(_from_token(out, skip), self._device))
 
-    def _copy(self, out: Tensor) -> Tensor:
-        return out.detach().to(self._device or out.device, copy=True)
+    def _spread(self, run: _Run, site: NeuronSite, out: Activation) -> Activation:
+        """Activations of a site that only some tokens come to, on the tokens of this step."""
+        if run.forwards > 1:
+            role = torch.full((len(run.ids), 1), int(Role.RESPONSE))
+        else:
+            role = self._tokens(run)["language"].role
+        comes_in = _comes_in(self.adapter, site, role)
+        assert comes_in is not None and isinstance(out, Routed)
+        if _row_count(out) != int(comes_in.sum()):
+            raise CaptureError(
+                f"Site {site.name} gave {_row_count(out)} tokens where {int(comes_in.sum())} "
+                "were expected."
+            )
+        rows = comes_in.flatten().nonzero().squeeze(1).to(out.device)
+        return out.spread(rows, role.numel()).reshape(*role.shape)
+
+    def _whole(self, run: _Run, site: NeuronSite) -> Activation:
+        parts = run.kept[site.name]
+        if site.stream not in self.adapter.growing:
+            return _on_stream(self.adapter, site, parts, self._tokens(run)[site.stream])
+        if isinstance(parts[0], Routed):
+            return Routed.cat([part for part in parts if isinstance(part, Routed)], 1)
+        return torch.cat([part for part in parts if isinstance(part, Tensor)], 1)
 
     def _tokens(self, run: _Run) -> dict[str, TokenMap]:
-        maps = self.adapter.tokens(run.prompt())
-        maps["language"] = _continued(maps["language"], self._generated_roles(run))
-        return {stream: self._encoded_once(run, stream, tokens) for stream, tokens in maps.items()}
+        if run.maps is None or run.maps["language"].role.shape[1] != run.ids.shape[1] + run.prefix:
+            beams, maps = self._prompt_maps(run)
+            if beams > 1:
+                maps = {
+                    stream: _repeated(tokens, beams, stream in self.adapter.growing)
+                    for stream, tokens in maps.items()
+                }
+            maps["language"] = _continued(maps["language"], self._generated_roles(run))
+            run.maps = maps
+        return run.maps
+
+    def _prompt_maps(self, run: _Run) -> tuple[int, dict[str, TokenMap]]:
+        """The maps of the prompt, and how many beams share an image that was encoded once."""
+        text_input = self.adapter.text_input
+        try:
+            return 1, self.adapter.tokens(run.prompt(text_input))
+        except AdapterError:
+            if not run.encoder_inputs:
+                raise
+            for beams in range(2, len(run.ids) + 1):
+                if len(run.ids) % beams == 0:
+                    with suppress(AdapterError):
+                        return beams, self.adapter.tokens(run.prompt(text_input, beams))
+            raise
 
     def _generated_roles(self, run: _Run) -> Int[Tensor, "batch token"]:
         ids = run.ids[:, run.prompt_length :].cpu()
@@ -335,16 +514,33 @@ class ActivationRecorder:
             role[ids == fill] = Role.PAD
         return role
 
-    def _encoded_once(self, run: _Run, stream: str, tokens: TokenMap) -> TokenMap:
-        """Generation with beams encodes an image once and repeats its features."""
-        kept = next((p[0] for n, p in run.kept.items() if self.sites[n].stream == stream), None)
-        if stream == "language" or kept is None or len(kept) == len(tokens.role):
-            return tokens
-        beams = len(tokens.role) // len(kept)
-        first = tokens.sample[:, 0] % beams == 0
-        return TokenMap(
-            tokens.role[first], tokens.sample[first], tokens.image[first], tokens.box[first]
-        )
+
+def _length(out: Activation) -> int:
+    return out.expert.shape[1] if isinstance(out, Routed) else out.shape[1]
+
+
+def _by_batch(out: Activation, batch: int) -> Activation:
+    """Rows of blocks that do not keep the batch axis, `[batch, token, ...]` again."""
+    if isinstance(out, Routed):
+        return out.reshape(batch, -1)
+    return out.reshape(batch, -1, out.shape[-1])
+
+
+def _from_token(out: Activation, first: int) -> Activation:
+    if isinstance(out, Routed):
+        return Routed(out.values[:, first:], out.expert[:, first:], out.experts)
+    return out[:, first:]
+
+
+def _repeated(tokens: TokenMap, beams: int, grows: bool) -> TokenMap:
+    """The map of a batch of which each row was made into several beams."""
+    if not grows:  # an image is encoded once; the first of its beams stands for them
+        return replace(tokens, sample=tokens.sample * beams)
+    repeated = [
+        part.repeat_interleave(beams, 0) for part in (tokens.role, tokens.image, tokens.box)
+    ]
+    rows = torch.arange(len(repeated[0]))[:, None].expand(repeated[0].shape)
+    return TokenMap(repeated[0], rows.contiguous(), repeated[1], repeated[2])
 
 
 def _continued(prompt: TokenMap, role: Int[Tensor, "batch token"]) -> TokenMap:

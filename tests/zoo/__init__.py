@@ -84,7 +84,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class Entry:
-    """One architecture.
+    r"""One architecture.
 
     Attributes:
         name: As in `MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES`; "a+b" with text backbone b.

@@ -6,12 +6,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from neuronlens.adapters.grids import ImageSize
+from neuronlens.adapters.taps import ActOutput, NeuronKind, Tap
 from neuronlens.errors import AdapterError, UnknownNameError
 from neuronlens.hooks import refuse_compiled
 from neuronlens.neurons import Module, NeuronId, NeuronSite
@@ -20,9 +22,6 @@ from neuronlens.tokens import Role, TokenMap
 
 SiteSelection = str | NeuronSite | Iterable[str | NeuronSite] | None
 """A module, a site's name, a site, several of these, or None for every site."""
-
-ImageSize = tuple[int, int]
-"""Width and height in pixels."""
 
 
 class ModelAdapter(ABC):
@@ -35,15 +34,32 @@ class ModelAdapter(ABC):
         model: The Hugging Face model.
         processor: Its processor; None if `adapt` was given none.
         sites: Every feed-forward site, by name, in the order in which they run.
-        neuron_kind: What is read as a neuron's activation.
+        neuron_kind: What is read as a neuron's activation: `"act_fn"`, its output (both
+            papers), or `"down_input"`, what the down projection takes: the output times the
+            up projection's, or the output where there is none.
+        taps: How each site is read, by its name; the output of the module at its path if
+            it is not there.
+        max_tokens: How many tokens the model takes; None if that is not known.
+        text_input: Name of the inputs that hold the language stream's token ids.
+        growing: Streams that generation adds tokens to.
+        prefixes_images: Whether image tokens are put before the text by the model, so that
+            the language stream is longer than the text.
     """
 
-    neuron_kind: ClassVar[str] = "act_fn"
     max_tokens: int | None = None
+    text_input: str = "input_ids"
+    growing: tuple[str, ...] = ("language",)
+    prefixes_images: bool = False
 
-    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, processor: Any = None, neuron: NeuronKind = "act_fn"
+    ) -> None:
+        if neuron not in get_args(NeuronKind):
+            raise UnknownNameError("kind of neuron", neuron, get_args(NeuronKind))
         self.model = model
         self.processor = processor
+        self.neuron_kind: NeuronKind = neuron
+        self.taps: dict[str, Tap] = {}
         self._config: Any = model.config
         self.check_model()
         if processor is not None:
@@ -133,9 +149,9 @@ class ModelAdapter(ABC):
             found |= {site.name: site for site in sites}
         return [site for name, site in self.sites.items() if name in found]
 
-    def act_module(self, site: NeuronSite) -> nn.Module:
-        """The module whose output holds the site's activations."""
-        return self.model.get_submodule(site.path)
+    def tap(self, site: NeuronSite) -> Tap:
+        """How the site's activations are read and written."""
+        return self.taps.get(site.name) or ActOutput(site.path)
 
     def text_roles(
         self, ids: Int[Tensor, "batch token"], attention: Tensor | None = None
@@ -263,7 +279,9 @@ def get(model_type: str) -> type[ModelAdapter]:
     return _registry[model_type]
 
 
-def adapt(model: nn.Module, processor: Any = None) -> ModelAdapter:
+def adapt(
+    model: nn.Module, processor: Any = None, *, neuron: NeuronKind = "act_fn"
+) -> ModelAdapter:
     """Describe a Hugging Face vision-language model so that neuronlens can read it.
 
     Nothing of the model is changed, and no forward is run; a model on the meta device
@@ -272,6 +290,9 @@ def adapt(model: nn.Module, processor: Any = None) -> ModelAdapter:
     Args:
         model: The model, not compiled.
         processor: Its processor, as `AutoProcessor` loads it. Needed to encode samples.
+        neuron: What is read as a neuron's activation: `"act_fn"`, the activation function's
+            output, as both papers do, or `"down_input"`, what the down projection takes (the
+            output times the up projection's; the same where there is no up projection).
 
     Raises:
         AdapterError: If `model` is no Hugging Face model, or the processor is another
@@ -291,4 +312,4 @@ def adapt(model: nn.Module, processor: Any = None) -> ModelAdapter:
             f"{type(model).__name__} has no config.model_type, so it is not a Hugging Face model. "
             "Pass the model itself, not a wrapper around it."
         )
-    return get(model_type)(model, processor)
+    return get(model_type)(model, processor, neuron)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neuronlens.adapters.base import ImageSize
+from neuronlens.adapters.grids import ImageSize
 from neuronlens.errors import AdapterError
 
 
@@ -74,3 +74,16 @@ def resized_and_cropped(
         for before, after in zip(resized, cropped, strict=True)
     ]
     return Placement(original, scale, (float(cut[0]), float(cut[1])))
+
+
+def stretched(original: ImageSize, processed: ImageSize) -> Placement:
+    """An image that was resized to the processed size and nothing else."""
+    scale = (processed[0] / original[0], processed[1] / original[1])
+    return Placement(original, scale, (0.0, 0.0))
+
+
+def processed_by(image_processor: Any, original: ImageSize, processed: ImageSize) -> Placement:
+    """Where an image lies in what its processor made of it: cropped if it crops, else resized."""
+    if getattr(image_processor, "do_center_crop", False):
+        return resized_and_cropped(image_processor, original, processed)
+    return stretched(original, processed)

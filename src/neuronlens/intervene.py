@@ -1,0 +1,65 @@
+"""Changing neurons while a model runs: everything is as before when the block ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from neuronlens.adapters import ModelAdapter
+from neuronlens.adapters.taps import Change
+from neuronlens.hooks import attached, refuse_compiled, uncompiled
+from neuronlens.neurons import NeuronId
+
+
+@contextmanager
+def deactivate(adapter: ModelAdapter, neurons: NeuronId | Iterable[NeuronId]) -> Iterator[None]:
+    """Set the act_fn outputs of some neurons to 0, at every token, for the length of the block.
+
+    ::
+
+        with nl.deactivate(vlm, vlm.neuron(layer=16, index=4347)):
+            model.generate(**inputs)
+
+    No weight is touched, so it works on offloaded and quantised models. What a neuron writes
+    is gone: where nothing stands between activation and down projection, the output is that
+    of the model with this column of the down projection zeroed. Where something does (a
+    LayerNorm in Kosmos-2), the other neurons' values change as well.
+
+    Args:
+        adapter: Of the model.
+        neurons: One or more; those of routed blocks name their expert.
+
+    Source: P2, section 4.3 (the neurons' activations are set to zero).
+
+    Raises:
+        UnknownNameError: If there is no such neuron in the model.
+        CaptureError: If the model is compiled; when the block ends well, but a block of one
+            of the neurons never ran.
+    """
+    with _changed(adapter, neurons, torch.zeros_like):
+        yield
+
+
+@contextmanager
+def _changed(
+    adapter: ModelAdapter,
+    neurons: NeuronId | Iterable[NeuronId],
+    to: Callable[[Tensor], Tensor],
+) -> Iterator[None]:
+    chosen = [neurons] if isinstance(neurons, NeuronId) else list(neurons)
+    by_site: dict[str, dict[int | None, list[int]]] = {}
+    for neuron in chosen:
+        site = adapter.site(neuron.site)
+        site.neuron(neuron.index, neuron.expert)
+        by_site.setdefault(site.name, {}).setdefault(neuron.expert, []).append(neuron.index)
+    refuse_compiled(adapter.model)
+    points = {}
+    for name, by_expert in by_site.items():
+        index = {expert: torch.tensor(sorted(set(at))) for expert, at in by_expert.items()}
+        tap = adapter.tap(adapter.site(name))
+        points[name] = tap.writing(adapter.model, Change(to, index))
+    with uncompiled(), attached(points):
+        yield
