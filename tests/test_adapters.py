@@ -33,7 +33,7 @@ from neuronlens import testbed
 from neuronlens.adapters import base, get
 from neuronlens.adapters.discover import feed_forward_blocks
 from neuronlens.adapters.geometry import resized_and_cropped
-from neuronlens.adapters.llava import LlavaAdapter
+from neuronlens.adapters.families.llava import LlavaAdapter
 from neuronlens.errors import AdapterError, CaptureError, UnknownNameError
 from neuronlens.hooks import hooked
 from neuronlens.testbed import build
@@ -116,7 +116,7 @@ def test_the_testbed_is_a_tiny_llava_with_every_site_in_the_order_it_runs(vlm, s
     assert sum(p.numel() for p in vlm.model.parameters()) < 1_500_000
     ran = []
     batch = nl.encode(vlm, scenes[:1])
-    acts = {name: vlm.act_module(site) for name, site in vlm.sites.items()}
+    acts = {name: vlm.model.get_submodule(site.path) for name, site in vlm.sites.items()}
     with hooked(acts, lambda name, _out: ran.append(name)), torch.inference_mode():
         vlm.model(**batch.inputs)
     assert ran == list(vlm.sites)
@@ -169,7 +169,7 @@ def test_a_site_is_inert_exactly_if_silencing_it_changes_no_bit_of_the_logits(la
         plain = model(**inputs).logits
         for site in vlm.sites.values():
             with hooked(
-                {site.name: vlm.act_module(site)}, lambda _name, out: torch.zeros_like(out)
+                {site.name: vlm.model.get_submodule(site.path)}, lambda _name, out: torch.zeros_like(out)
             ):
                 silenced = model(**inputs).logits
             assert torch.equal(silenced, plain) == site.inert, site.name
@@ -231,13 +231,15 @@ def test_maps_fit_what_runs_with_and_without_a_cls_token_and_with_and_without_th
     passed = every if strategy == "full" else every[1:]  # LLaVA drops the first, CLS or not
     at = batch.inputs["input_ids"][1] == IMAGE
     text = batch.tokens["language"]
-    for role, box, wanted in [
-        (batch.tokens["vision"].role[1], batch.tokens["vision"].box[1], every),
-        (batch.tokens["projector"].role[1], batch.tokens["projector"].box[1], passed),
-        (text.role[1][at], text.box[1][at], passed),
+    vision, projector = batch.tokens["vision"], batch.tokens["projector"]
+    for role, box, wanted, cls in [
+        (vision.role[1], vision.box[1], every, Role.SPECIAL),
+        # CLS, passed on, depends on the image: a visual token that sees no single region.
+        (projector.role[1], projector.box[1], passed, Role.VISUAL),
+        (text.role[1][at], text.box[1][at], passed, Role.VISUAL),
     ]:
         assert [None if here.isnan().all() else here.tolist() for here in box] == wanted
-        assert role.tolist() == [Role.VISUAL if here else Role.SPECIAL for here in wanted]
+        assert role.tolist() == [Role.VISUAL if here else cls for here in wanted]
 
 
 # Looking sites and neurons up.
@@ -349,7 +351,7 @@ def test_a_family_of_an_installed_package_is_found_by_its_entry_point(
     registry, tmp_path, monkeypatch
 ):
     (tmp_path / "lens_for_mine.py").write_text(
-        "from neuronlens.adapters.llava import LlavaAdapter\nclass Mine(LlavaAdapter): pass\n"
+        "from neuronlens.adapters.families.llava import LlavaAdapter\nclass Mine(LlavaAdapter): pass\n"
     )
     installed = tmp_path / "lens_for_mine-1.0.dist-info"
     installed.mkdir()
@@ -404,14 +406,15 @@ class Nested(nn.Module):
         )
 
 
-def test_a_block_is_an_activation_between_two_projections_numbered_by_its_last_number():
-    found = list(feed_forward_blocks(Nested(), "tower"))
-    assert [(block.path, block.layer, block.width) for block in found] == [
-        ("tower.stages.0.0.mlp.act", 0, 5),
-        ("tower.stages.0.1.mlp.act", 1, 5),
-        ("tower.stages.1.0.mlp.act", 0, 5),
-        ("tower.stages.1.1.mlp.act", 1, 5),
-        ("tower.head.act", None, 7),
+def test_a_block_is_an_activation_between_two_projections():
+    model = nn.ModuleDict({"tower": Nested()})
+    found = list(feed_forward_blocks(model, "tower"))
+    assert [(block.path, block.tap.path, block.width) for block in found] == [
+        ("tower.stages.0.0.mlp", "tower.stages.0.0.mlp.act", 5),
+        ("tower.stages.0.1.mlp", "tower.stages.0.1.mlp.act", 5),
+        ("tower.stages.1.0.mlp", "tower.stages.1.0.mlp.act", 5),
+        ("tower.stages.1.1.mlp", "tower.stages.1.1.mlp.act", 5),
+        ("tower.head", "tower.head.act", 7),
     ]
 
 

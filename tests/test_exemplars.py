@@ -40,7 +40,7 @@ def positions(group) -> list[int]:
 @contextmanager
 def doubled(adapter, site):
     """The same weights, but twice the activations."""
-    hook = adapter.act_module(adapter.site(site)).register_forward_hook(lambda m, a, out: out * 2)
+    hook = adapter.model.get_submodule(adapter.site(site).path).register_forward_hook(lambda m, a, out: out * 2)
     try:
         yield
     finally:
@@ -305,7 +305,7 @@ def test_looking_at_a_vision_neuron_shows_pictures_only(vlm, scenes):
 
 
 def test_looking_leaves_no_hook(vlm, scenes):
-    module = vlm.act_module(vlm.site("language.0"))
+    module = vlm.model.get_submodule(vlm.site("language.0").path)
     before = list(module._forward_hooks)
     nl.look(vlm, NEURONS[0], scenes[0])
     assert list(module._forward_hooks) == before

@@ -176,9 +176,9 @@ def test_the_reference_computes_the_models_own_logits(vlm, batch):
     with torch.inference_mode():
         plain = vlm.model(**batch.inputs).logits
         site = vlm.site("language.1")
-        with hooked({"here": vlm.act_module(site)}, lambda _name, _out: acts["language.1"]):
+        with hooked({"here": vlm.model.get_submodule(site.path)}, lambda _name, _out: acts["language.1"]):
             replaced = vlm.model(**batch.inputs).logits
-        with hooked({"here": vlm.act_module(site)}, lambda _name, out: torch.zeros_like(out)):
+        with hooked({"here": vlm.model.get_submodule(site.path)}, lambda _name, out: torch.zeros_like(out)):
             silenced = vlm.model(**batch.inputs).logits
     attended = batch.inputs["attention_mask"] == 1
     torch.testing.assert_close(replaced[attended], plain[attended], atol=1e-3, rtol=1e-3)
@@ -246,7 +246,7 @@ def test_a_name_that_is_no_site_is_refused_before_anything_runs(vlm):
 
 def test_what_is_recorded_is_a_copy_without_gradient_of_the_models_own_precision(vlm, asked):
     seen = []
-    watch = vlm.act_module(vlm.site("language.2")).register_forward_hook(
+    watch = vlm.model.get_submodule(vlm.site("language.2").path).register_forward_hook(
         lambda _m, _a, out: seen.append(out)
     )
     try:

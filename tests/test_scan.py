@@ -63,7 +63,7 @@ def changing(adapter: nl.ModelAdapter, site: str, call: int, change):
     def hook(_module, _args, out):
         return change(out.clone()) if next(forwards) == call else None
 
-    handle = adapter.act_module(adapter.site(site)).register_forward_hook(hook)
+    handle = adapter.model.get_submodule(adapter.site(site).path).register_forward_hook(hook)
     try:
         yield
     finally:
@@ -151,7 +151,7 @@ def test_a_scan_is_what_brute_force_over_all_activations_finds(
     for batch in batch_plan(samples, 3, 4):
         encoded = encode(vlm, [sample for _, sample in batch])
         kept = []
-        handle = vlm.act_module(vlm.site(site)).register_forward_hook(
+        handle = vlm.model.get_submodule(vlm.site(site).path).register_forward_hook(
             lambda _module, _args, out, kept=kept: kept.append(out.detach().clone())
         )
         with torch.inference_mode():

@@ -383,7 +383,7 @@ class ActivationRecorder:
         if not isinstance(ids, Tensor):
             raise CaptureError(
                 f"The model was called without {self.adapter.text_input}, so its tokens cannot be "
-                f"told apart. Call it with {self.adapter.text_input}, not with embeddings."
+                f"told apart. Call it with {self.adapter.text_input}, not inputs_embeds."
             )
         cache = inputs.get("past_key_values")
         done = int(cache.get_seq_length()) if cache is not None else 0

@@ -320,6 +320,7 @@ def hunyuan() -> Any:
             **ROPE,
             "rope_type": "xdrope",
             "alpha": 1000.0,
+            "factor": 1.0,
             "xdrope_section": [2, 2, 2, 2],
         },
     }

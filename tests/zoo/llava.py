@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
+
 from zoo import Dense, Entry, Images
 
 PAD, BOS, EOS, BREAK = 0, 1, 2, 9
@@ -139,6 +140,7 @@ def glu(
     width: int,
     layers: int = 2,
     name: str = "mlp",
+    inert: tuple[int, ...] = (),
     **more: Any,
 ) -> tuple[Dense, ...]:
     return tuple(
@@ -149,6 +151,7 @@ def glu(
             act,
             f"{path}.{layer}.{name}.down_proj",
             width,
+            inert=layer in inert,
             **more,
         )
         for layer in range(layers)
@@ -287,14 +290,19 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
 ANYRES_SIZES = ((32, 20), (16, 48))
 
 
+def cut(canvas: Tensor) -> Tensor:
+    """Tiles in reading order."""
+    pieces = canvas.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE)
+    return pieces.permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+
 def tiles(image: Tensor) -> Tensor:
     height, width = image.shape[-2:]
     rows, columns = select_best_resolution((height, width), PINPOINTS)
     base = F.interpolate(image[None], (SIDE, SIDE), mode="area")
     left, top = (columns - width) // 2, (rows - height) // 2
     canvas = F.pad(image, (left, columns - width - left, top, rows - height - top))
-    cut = canvas.unfold(1, SIDE, SIDE).unfold(2, SIDE, SIDE).permute(1, 2, 0, 3, 4).flatten(0, 1)
-    return torch.cat([base, cut])
+    return torch.cat([base, cut(canvas)])
 
 
 def anyres_count(size: tuple[int, int], per_side: int, most: int = 0) -> int:
@@ -324,9 +332,9 @@ def anyres(
         blocks = [
             [IMAGE] * sum(anyres_count(size, per_side, most) for size in row) for row in sizes
         ]
-        cut = [normal(tiles(image), statistics) for image in flat(images)]
-        longest = max(map(len, cut))
-        pixels = [F.pad(each, (0, 0) * 3 + (0, longest - len(each))) for each in cut]
+        rows = [normal(tiles(image), statistics) for image in flat(images)]
+        longest = max(map(len, rows))
+        pixels = [F.pad(each, (0, 0) * 3 + (0, longest - len(each))) for each in rows]
         extra = {"batch_num_images": torch.tensor([len(row) for row in images])} if counts else {}
         return on(
             model,
@@ -659,7 +667,7 @@ def ovis2_inputs(model: Any, images: Images) -> dict[str, Any]:
     for row in images:
         block: list[int] = []
         for image in row:
-            rows, columns = (edge // 16 for edge in image.shape[-2:])
+            rows, columns = (edge // SIDE for edge in image.shape[-2:])
             block += [START, *[IMAGE] * 16, GRID]
             for tile in range(rows * columns if rows * columns > 1 else 0):
                 block += [COLUMN] * (tile % columns > 0)
@@ -670,14 +678,13 @@ def ovis2_inputs(model: Any, images: Images) -> dict[str, Any]:
     return on(model, **prompts(blocks), pixel_values=normal(whole_and_tiles(images), CLIP))
 
 
-def whole_and_tiles(images: Images, always: bool = False) -> Tensor:
-    """Of every image: all of it as one tile of 16 x 16, then its tiles in reading order."""
+def whole_and_tiles(images: Images) -> Tensor:
+    """Of every image: all of it as one tile, if it has several, then its tiles as they are read."""
     pixels = []
     for image in flat(images):
-        if always or max(image.shape) > 16:
-            pixels.append(F.interpolate(image[None], (16, 16), mode="area"))
-        cut = image.unfold(1, 16, 16).unfold(2, 16, 16)
-        pixels.append(cut.permute(1, 2, 0, 3, 4).flatten(0, 1))
+        if max(image.shape) > SIDE:
+            pixels.append(F.interpolate(image[None], (SIDE, SIDE), mode="area"))
+        pixels.append(cut(image))
     return torch.cat(pixels)
 
 
@@ -685,7 +692,7 @@ OVIS2 = Entry(
     name="ovis2",
     cls="Ovis2ForConditionalGeneration",
     config=ovis2_config,
-    sizes=((32, 32), (16, 16)),
+    sizes=((48, 32), (16, 16)),
     inputs=ovis2_inputs,
     sites=(
         *glu("vision", "model.vision_tower.transformer.encoder.layers", F.silu, 36, name="ffn"),
@@ -824,6 +831,323 @@ SHIELDGEMMA2 = (
     ),
 )
 
+# Perception LM: the whole image squeezed into a square, then its tiles in reading order; 2 x 2
+# patches are averaged after the projector. `images` are the canvas of tiles; all images of a
+# batch have the same number of tiles, or their processor cannot stack them.
+
+
+def perception_lm_config() -> Any:
+    return transformers.PerceptionLMConfig(
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 24,
+                "depth": 2,
+                "num_heads": 2,
+                "mlp_ratio": 1.5,
+                "patch_size": 4,
+                "img_size": [SIDE, SIDE],
+                "ref_feat_shape": [4, 4],
+                "init_values": 0.1,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+            },
+        },
+        text_config=llm("llama"),
+        vision_use_cls_token=True,
+        projector_pooling_ratio=2,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+def perception_lm_inputs(model: Any, images: Images) -> dict[str, Any]:
+    pixels = [
+        torch.cat([F.interpolate(image[None], (SIDE, SIDE), mode="area"), cut(image)])
+        for image in flat(images)
+    ]
+    blocks = [
+        [IMAGE] * sum(4 * (1 + image.shape[1] * image.shape[2] // SIDE**2) for image in row)
+        for row in images
+    ]
+    return on(model, **prompts(blocks), pixel_values=normal(torch.stack(pixels), HALF))
+
+
+PERCEPTION_LM = Entry(
+    name="perception_lm",
+    cls="PerceptionLMForConditionalGeneration",
+    config=perception_lm_config,
+    sizes=((32, 16), (16, 32)),
+    inputs=perception_lm_inputs,
+    sites=(
+        *mlp("vision", "model.vision_tower.timm_model.blocks", F.gelu),
+        PROJECTOR,
+        *LLAMA,
+    ),
+    first=FIRST,
+    spatial="region",
+    mixers=(r"model\.vision_tower\.timm_model\.blocks\.\d+\.attn",),
+    note="The projector sees [patch, tile, hidden]: the first axis is not the tiles.",
+)
+
+# FastVLM: convolutions down to a grid of cells, channels first.
+
+
+def fast_vlm_config() -> Any:
+    return transformers.FastVlmConfig(
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "fastvit_mci3",
+            "do_pooling": True,
+            "global_pool": "avg",
+            "hidden_size": 64,
+            "model_args": {
+                "inference_mode": True,
+                "layers": [1, 2, 1, 1],
+                "embed_dims": [8, 8, 16, 32],
+                "mlp_ratios": [2, 2, 2, 2],
+                "se_downsamples": [False] * 4,
+                "downsamples": [False, True, True, True],
+                "token_mixers": ["repmixer", "repmixer", "repmixer", "attention"],
+            },
+        },
+        text_config=llm("qwen2"),
+        image_token_index=IMAGE,
+        image_seq_length=16,
+    )
+
+
+FAST_VLM = Entry(
+    name="fast_vlm",
+    cls="FastVlmForConditionalGeneration",
+    config=fast_vlm_config,
+    sizes=((128, 128), (128, 128)),
+    inputs=plain([IMAGE] * 16, ((0.0,) * 3, (1.0,) * 3)),
+    sites=(
+        *(
+            Dense(
+                "vision",
+                layer,
+                f"model.vision_tower.timm_model.stages.{block}.mlp.fc1",
+                F.gelu,
+                f"model.vision_tower.timm_model.stages.{block}.mlp.fc2",
+                width,
+            )
+            for layer, (block, width) in enumerate(
+                [
+                    ("0.blocks.0", 16),
+                    ("1.blocks.0", 16),
+                    ("1.blocks.1", 16),
+                    ("2.blocks.0", 32),
+                    ("3.blocks.0", 64),
+                ]
+            )
+        ),
+        PROJECTOR,
+        *LLAMA,
+    ),
+    first=FIRST,
+    spatial="region",
+    mixers=(r"model\.vision_tower\.timm_model\.stages\.3\.blocks\.\d+\.token_mixer",),
+    overlap=True,
+    note="The tower is mostly convolutions, [image, neuron, row, column], on finer grids than "
+    "the tokens' in its first stages. Activations between its convolutions are none of a "
+    "feed-forward block.",
+)
+
+# Gemma 3n.
+
+GEMMA3N_WIDTHS = 48, 48, 56
+MOBILENET = "model.vision_tower.timm_model"
+
+
+def gemma3n_config() -> Any:
+    from timm.models._efficientnet_builder import decode_arch_def
+
+    blocks = decode_arch_def(
+        [
+            ["er_r1_k3_s2_e2_c16"],
+            ["uir_r1_a3_k3_s2_e2_c16", "uir_r1_a3_k0_s1_e2_c16"],
+            ["uir_r1_a3_k3_s2_e2_c24", "mqa_r1_k3_h2_v2_s1_d8_c24", "uir_r1_a0_k0_s1_e2_c24"],
+            ["uir_r1_a3_k3_s2_e2_c32", "mqa_r1_k3_h2_s1_d8_c32", "uir_r1_a0_k0_s1_e2_c32"],
+        ]
+    )
+    return transformers.Gemma3nConfig(
+        vision_config={
+            "model_type": "gemma3n_vision",
+            "architecture": "mobilenetv5_300m_enc",
+            "model_args": {
+                "block_args": blocks,
+                "stem_size": 8,
+                "msfa_output_resolution": 4,
+            },
+            "hidden_size": 2048,
+            "vocab_size": 4,
+            "vocab_offset": 104,
+        },
+        audio_config={
+            "vocab_size": 4,
+            "vocab_offset": 108,
+            "hidden_size": 16,
+            "input_feat_size": 8,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        text_config=llm(
+            "gemma3n_text",
+            vocab_size=112,
+            vocab_size_per_layer_input=104,
+            head_dim=8,
+            num_hidden_layers=3,
+            intermediate_size=list(GEMMA3N_WIDTHS),
+            activation_sparsity_pattern=[0.8, 0.0, 0.0],
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            sliding_window=12,
+            num_kv_shared_layers=1,
+            hidden_size_per_layer_input=6,
+            altup_num_inputs=2,
+            laurel_rank=4,
+        ),
+        vision_soft_tokens_per_image=16,
+        boi_token_id=100,
+        eoi_token_id=104,
+        image_token_id=105,
+        boa_token_id=101,
+        eoa_token_id=108,
+        audio_token_id=109,
+    )
+
+
+def sparse(gate: Tensor, share: float = 0.8) -> Tensor:
+    """Only what is above the normal quantile of its token passes."""
+    quantile = torch.distributions.Normal(0, 1).icdf(torch.tensor(share)).to(gate)
+    spread = gate.std(-1, keepdim=True, unbiased=False)
+    return gelu_tanh(F.relu(gate - gate.mean(-1, keepdim=True) - spread * quantile))
+
+
+def gemma3n_inputs(model: Any, images: Images) -> dict[str, Any]:
+    image = [BREAK, 100, *[105] * 16, 104, BREAK]
+    text = prompts([image * len(row) for row in images])
+    kinds = (text["input_ids"] == 105).long()
+    return on(model, **text, token_type_ids=kinds, pixel_values=torch.stack(flat(images)))
+
+
+GEMMA3N = Entry(
+    name="gemma3n",
+    cls="Gemma3nForConditionalGeneration",
+    config=gemma3n_config,
+    sizes=((128, 128), (128, 128)),
+    inputs=gemma3n_inputs,
+    sites=(
+        # The blocks of its MobileNet that widen and narrow each cell by itself, the activation
+        # in between following a norm. Those with a convolution in the middle are no MLP.
+        *(
+            Dense(
+                "vision",
+                layer,
+                f"{MOBILENET}.{block}.pw_exp.bn.drop",
+                gelu_tanh,
+                f"{MOBILENET}.{block}.pw_proj.conv",
+                width,
+            )
+            for layer, (block, width) in enumerate(
+                [("blocks.1.1", 32), ("blocks.2.2", 48), ("blocks.3.2", 64), ("msfa.ffn", 112)]
+            )
+        ),
+        *(
+            Dense(
+                "language",
+                layer,
+                f"model.language_model.layers.{layer}.mlp.gate_proj",
+                gelu_tanh if layer else sparse,
+                f"model.language_model.layers.{layer}.mlp.down_proj",
+                width,
+            )
+            for layer, width in enumerate(GEMMA3N_WIDTHS)
+        ),
+    ),
+    first=FIRST,
+    spatial="region",
+    mixers=(r"model\.vision_tower\.timm_model\.blocks\.\d+\.\d+\.attn",),
+    overlap=True,
+    note="Hidden states are [stream, batch, token, hidden]: four streams side by side (two "
+    "here), of which layers read the first. The projector is linear. The first layers' gates "
+    "are thinned out before the activation.",
+)
+
+# pi0: PaliGemma, whose keys and values an action expert reads. `state` comes from the
+# processor; `noise` and `timestep` would be drawn in forward if they were not given.
+
+STATE, ACTIONS, CHUNK = 4, 5, 3
+
+
+def pi0_config() -> Any:
+    return transformers.PI0Config(
+        vlm_config={
+            "model_type": "paligemma",
+            "text_config": paligemma_text("gemma"),
+            "vision_config": PALIGEMMA_VISION,
+            "image_token_index": VOCABULARY,  # as in the checkpoint, beyond the embeddings
+            "vocab_size": VOCABULARY,
+            "projection_dim": 40,
+            "hidden_size": 40,
+        },
+        dit_config=paligemma_text("gemma", hidden_size=32, intermediate_size=44),
+        chunk_size=CHUNK,
+        max_state_dim=STATE,
+        max_action_dim=ACTIONS,
+    )
+
+
+def pi0_inputs(model: Any, images: Images) -> dict[str, Any]:
+    """The images of a sample are its cameras."""
+    generator = torch.Generator().manual_seed(2)
+    cameras = max(map(len, images))
+    pixels = torch.zeros(len(images), cameras, 3, SIDE, SIDE)
+    seen = torch.zeros(len(images), cameras, dtype=torch.bool)
+    for number, row in enumerate(images):
+        for camera, image in enumerate(row):
+            pixels[number, camera], seen[number, camera] = normal(image, HALF), True
+    return on(
+        model,
+        **prompts([[VOCABULARY] * SIDE * len(row) for row in images], "right", lead=False),
+        pixel_values=pixels,
+        pixel_attention_mask=seen,
+        state=torch.randn(len(images), STATE, generator=generator),
+        noise=torch.randn(len(images), CHUNK, ACTIONS, generator=generator),
+        timestep=torch.rand(len(images), generator=generator),
+    )
+
+
+PI0 = Entry(
+    name="pi0",
+    cls="PI0ForConditionalGeneration",
+    config=pi0_config,
+    sizes=((16, 16), (16, 16)),
+    inputs=pi0_inputs,
+    sites=(
+        *mlp("vision", "model.vlm.vision_tower.encoder.layers", gelu_tanh),
+        *glu("language", "model.vlm.language_model.layers", gelu_tanh, 56, inert=(1,)),
+        *glu("action", "model.dit.layers", gelu_tanh, 44),
+        Dense(
+            "action",
+            0,
+            "embed_action_time.action_time_mlp_in",
+            F.silu,
+            "embed_action_time.action_time_mlp_out",
+            32,
+            stack="time",
+        ),
+    ),
+    first="model.vlm.language_model.layers.0",
+    spatial="region",
+    mixers=(r"model\.vlm\.vision_tower\..*\.self_attn",),
+    note="Its logits are velocities of actions. Of the language model only keys and values are "
+    "read, so the feed-forward block of its last layer is inert.",
+)
+
 ENTRIES = (
     LLAVA,
     LLAVA_NEXT,
@@ -839,4 +1163,8 @@ ENTRIES = (
     *PALIGEMMA,
     GEMMA3,
     *SHIELDGEMMA2,
+    PERCEPTION_LM,
+    FAST_VLM,
+    GEMMA3N,
+    PI0,
 )

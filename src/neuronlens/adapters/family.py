@@ -57,6 +57,11 @@ class FamilyAdapter(ModelAdapter):
         "video_token_index",
     )
 
+    def check_model(self) -> None:
+        """How many tokens the model takes; a family adds what its description needs."""
+        text = self._config.get_text_config()
+        self.max_tokens = getattr(text, "max_position_embeddings", None)
+
     # What a family says of itself.
 
     @abstractmethod
@@ -87,7 +92,42 @@ class FamilyAdapter(ModelAdapter):
         """
         return processed_by(self.image_processor, original, size)
 
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """What processor and model must agree on: by name, the processor's value and the model's.
+
+        A value the processor does not have (None) is not compared.
+        """
+        return {}
+
     # What follows from it.
+
+    def check_processor(self) -> None:
+        """Compare what processor and model must agree on: the image token, words, sizes."""
+        processor: Any = self.processor
+        tokenizer = getattr(processor, "tokenizer", None)
+        if tokenizer is None or getattr(processor, "image_processor", None) is None:
+            raise AdapterError(
+                f"{type(processor).__name__} is not a processor of images and text. "
+                "Load it with AutoProcessor.from_pretrained(...)."
+            )
+        ours = self.placeholder_ids()
+        theirs = getattr(processor, "image_token_id", None)
+        said = [
+            f"{what} {other!r} (the model's is {mine!r})"
+            for what, (other, mine) in self.agreements().items()
+            if other is not None and other != mine
+        ]
+        if theirs is not None and ours and theirs not in ours:
+            said.insert(0, f"image token id {theirs!r} (the model's is {ours[0]!r})")
+        embeddings: Any = cast(Any, self.model).get_input_embeddings()
+        words = getattr(embeddings, "num_embeddings", None)
+        if words is not None and len(tokenizer) > words:
+            said.append(f"{len(tokenizer)} tokens (the model embeds {words})")
+        if said:
+            raise AdapterError(
+                f"{type(processor).__name__} belongs to another model: {'; '.join(said)}. "
+                f"Load the processor of {self.name!r}."
+            )
 
     @property
     def image_processor(self) -> Any:
@@ -159,7 +199,7 @@ class FamilyAdapter(ModelAdapter):
             given = ", ".join(sorted(k for k, v in inputs.items() if v is not None)) or "nothing"
             raise AdapterError(
                 f"Token roles need {self.text_input}; the model was called with {given}. Call it "
-                f"with {self.text_input}, not with embeddings."
+                f"with {self.text_input}, not inputs_embeds."
             )
         return ids.cpu()
 
@@ -211,7 +251,7 @@ class FamilyAdapter(ModelAdapter):
         owner = self._owners(seen, here)
         number = [owner[:i].count(sample) for i, sample in enumerate(owner)]
         if originals is not None:
-            shown = [owner.count(sample) for sample in range(len(originals))]
+            shown = [owner.count(sample) for sample in range(len(here))]
             if [len(row) for row in originals] != shown:
                 raise AdapterError(
                     f"The rows have {shown} images, but original sizes were given for "
@@ -251,9 +291,9 @@ class FamilyAdapter(ModelAdapter):
             return [i // (images // len(here)) for i in range(images)]
         tokens = seen.language.image.flatten()
         if len(tokens) != sum(counts):
-            per = torch.bincount(tokens[tokens >= 0], minlength=images).tolist()
+            per = torch.bincount(tokens[tokens >= 0], minlength=images).unique().tolist()
             raise AdapterError(
-                f"{images} images of {', '.join(map(str, per))} tokens were given, but the rows "
+                f"{images} images of {' or '.join(map(str, per))} tokens were given, but the rows "
                 f"of {self.text_input} hold {counts} image tokens. Does each prompt have one image "
                 "token per image, and was it expanded by the model's own processor?"
             )

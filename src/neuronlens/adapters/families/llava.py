@@ -32,6 +32,7 @@ class LlavaAdapter(FamilyAdapter):
 
     def check_model(self) -> None:
         """Refuse vision towers whose tokens are not described here."""
+        super().check_model()
         self._vision = self._config.vision_config
         if self._vision.model_type not in _CLASS_TOKENS:
             raise AdapterError(
@@ -39,6 +40,19 @@ class LlavaAdapter(FamilyAdapter):
                 f"the tokens of {', '.join(_CLASS_TOKENS)}. To describe another: docs/adapters.md."
             )
         self._strategy = getattr(self._config, "vision_feature_select_strategy", "default")
+
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """Patch size, image size and which tower tokens are passed on."""
+        crop = getattr(self.image_processor, "crop_size", None)
+        side = self._vision.image_size
+        return {
+            "patch size": (getattr(self.processor, "patch_size", None), self._vision.patch_size),
+            "image size": ((crop.height, crop.width) if crop else None, (side, side)),
+            "feature selection": (
+                getattr(self.processor, "vision_feature_select_strategy", None),
+                self._strategy,
+            ),
+        }
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
@@ -55,17 +69,16 @@ class LlavaAdapter(FamilyAdapter):
         height, width = pixels.shape[-2:]
         patch = self._vision.patch_size
         grid = cells(raster(height // patch, width // patch, (width, height)))
-        first = special(_CLASS_TOKENS[self._vision.model_type])
-        # The CLS token, passed on with "full", sees the whole image and no single region.
-        passed_on: Piece = nothing()
-        if self._strategy == "full" and len(first):
-            passed_on = queries(1)
+        first = _CLASS_TOKENS[self._vision.model_type]
+        # "default" leaves the first token out, whether it is a CLS token or a patch. CLS, passed
+        # on with "full", sees the whole image and no single region.
+        passed_on = queries(first) + grid if self._strategy == "full" else (special(first) + grid)[1:]
         images = range(len(pixels))
         return Seen(
             sizes=[(width, height) for _ in images],
-            language=flat((i, passed_on + grid) for i in images),
+            language=flat((i, passed_on) for i in images),
             streams={
-                "vision": rows((i, first + grid) for i in images),
-                "projector": rows((i, passed_on + grid) for i in images),
+                "vision": rows((i, special(first) + grid) for i in images),
+                "projector": rows((i, passed_on) for i in images),
             },
         )
