@@ -16,6 +16,7 @@ ROOT = Path(neuronlens.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 RANKS = {
+    "activations": 0,
     "errors": 0,
     "neurons": 0,
     "tokens": 0,
@@ -23,6 +24,7 @@ RANKS = {
     "show": 1,
     "adapters": 2,
     "samples": 3,
+    "intervene": 4,
     "recorder": 4,
     "running": 5,
     "score": 5,

@@ -336,7 +336,13 @@ def test_architecture(name: str) -> None:
         assert site.module == expected.module
     with torch.no_grad(), nl.ActivationRecorder(adapter, None) as recorder:
         model(**inputs)
-    maps = adapter.tokens(inputs)
+    # The canvas stands for the original image: nothing was resized.
+    sizes = [[(image.shape[2], image.shape[1]) for image in row] for row in images]
+    maps = adapter.tokens(inputs, sizes)
+    alone = adapter.tokens(inputs)
+    assert {k: m.role.tolist() for k, m in alone.items()} == {
+        k: m.role.tolist() for k, m in maps.items()
+    }
     _check_padding(inputs, maps)
     _check_roles(entry, adapter, images, maps)
     if entry.spatial == "region":

@@ -357,7 +357,7 @@ def _record_columns(
         for neuron in dict.fromkeys(n for position in positions for n in needing[position]):
             columns[neuron.site].append(adapter.site(neuron.site).row(neuron))
         sink = _Columns(columns)
-        inputs = {name: value.to(adapter.device) for name, value in batch.inputs.items()}
+        inputs = batch.on(adapter.device)
         with torch.inference_mode(), record(adapter, list(columns), sink, batch.tokens):
             adapter.model(**inputs, use_cache=False)
         for row, position in enumerate(positions):
@@ -442,7 +442,7 @@ def look(
     row = site.row(neuron)
     batch = encode(adapter, [sample], template=template)
     sink = _Columns({site.name: [row]})
-    inputs = {name: value.to(adapter.device) for name, value in batch.inputs.items()}
+    inputs = batch.on(adapter.device)
     with torch.inference_mode(), record(adapter, site, sink, batch.tokens):
         adapter.model(**inputs, use_cache=False)
     tokens = batch.map_of(0, site.stream)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from neuronlens.activations import Activation, Routed
@@ -151,9 +151,9 @@ def _on_stream(
     """
     whole = _joined(parts)
     comes_in = _comes_in(adapter, site, tokens.role)
-    if comes_in is not None and isinstance(whole, Routed):
-        if _row_count(whole) == int(comes_in.sum()):
-            rows = comes_in.flatten().nonzero().squeeze(1).to(whole.device)
+    if isinstance(whole, Routed) and comes_in is not None:
+        rows = comes_in.flatten().nonzero().squeeze(1).to(whole.device)
+        if _row_count(whole) == len(rows):
             whole = whole.spread(rows, len(tokens))
     _check_shape(site, whole, tokens)
     if isinstance(whole, Routed):
@@ -456,15 +456,9 @@ class ActivationRecorder:
             role = torch.full((len(run.ids), 1), int(Role.RESPONSE))
         else:
             role = self._tokens(run)["language"].role
-        comes_in = _comes_in(self.adapter, site, role)
-        assert comes_in is not None and isinstance(out, Routed)
-        if _row_count(out) != int(comes_in.sum()):
-            raise CaptureError(
-                f"Site {site.name} gave {_row_count(out)} tokens where {int(comes_in.sum())} "
-                "were expected."
-            )
-        rows = comes_in.flatten().nonzero().squeeze(1).to(out.device)
-        return out.spread(rows, role.numel()).reshape(*role.shape)
+        nowhere = torch.full((*role.shape, 4), float("nan"))
+        step = TokenMap(role, torch.zeros_like(role), torch.zeros_like(role), nowhere)
+        return _on_stream(self.adapter, site, [out], step)
 
     def _whole(self, run: _Run, site: NeuronSite) -> Activation:
         parts = run.kept[site.name]

@@ -97,7 +97,7 @@ class _Scan:
         batch = self._batch([sample for _, sample in placed], places, skipped)
         if batch is not None:
             staging = _Staging(batch, self.choices)
-            inputs = {name: value.to(self.adapter.device) for name, value in batch.inputs.items()}
+            inputs = batch.on(self.adapter.device)
             with torch.inference_mode(), record(self.adapter, self.sites, staging, batch.tokens):
                 self.adapter.model(**inputs, use_cache=False)
             keep = _finite(batch, staging.reductions, places, skipped)

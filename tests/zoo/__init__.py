@@ -150,7 +150,10 @@ def draw(model: nn.Module) -> None:
                 continue
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             if parameter.ndim >= 2 and "embed" not in name:
-                parameter.copy_(noise / math.sqrt(max(1, parameter[0].numel())) * 1.5)
+                takes = parameter[0].numel()
+                if parameter.ndim == 3:  # experts: neither axis is known to be the input's
+                    takes = math.sqrt(takes)
+                parameter.copy_(noise / math.sqrt(max(1, takes)) * 1.5)
             elif parameter.ndim >= 2:
                 parameter.copy_(noise * 0.5)
             elif parameter.ndim == 1 and bool((parameter == 1).all()):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -678,15 +679,19 @@ def inkling_config() -> Any:
     )
 
 
+@cache
+def shared_gate() -> Tensor:
+    """Gate weights of the shared experts, [expert, neuron, hidden]: every model has the same."""
+    block: Any = inkling().model().get_submodule("model.language_model.layers.1.mlp.shared_experts")
+    return block.gate_proj.detach()
+
+
+def shared_experts(x: Tensor) -> Tensor:
+    return F.silu(torch.einsum("bth,enh->bten", x, shared_gate().to(x))).flatten(2)
+
+
 def inkling() -> Entry:
     tower, text = "model.vision_tower.encoder_layers", "model.language_model.layers"
-
-    def shared(block: Any, x: Tensor, expert: int) -> Tensor:
-        return F.silu(F.linear(x, block.gate_proj[expert]))
-
-    def both(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        rows = args[0].flatten(0, 1)
-        return rows, torch.arange(2, device=rows.device).expand(len(rows), 2)
 
     return Entry(
         name="inkling_mm_model",
@@ -700,18 +705,8 @@ def inkling() -> Entry:
             Dense("vision", 1, f"{tower}.1.layer_norm", F.gelu, None, 128),
             glu("language", f"{text}.0.mlp", 0, 56, F.silu),
             routed(f"{text}.1.mlp.experts", 1, 5, 20, F.silu),
-            # Every token runs through both; 3-D weights without a Linear.
-            Routed(
-                "language",
-                1,
-                f"{text}.1.mlp.shared_experts",
-                2,
-                20,
-                shared,
-                zero_down,
-                routing=both,
-                stack="shared",
-            ),
+            # Every token runs through both experts; 3-D weights without a Linear.
+            Dense("language", 1, f"{text}.1.post_attention_layernorm", shared_experts, None, 40),
         ),
         first=f"{text}.0",
         spatial="region",
@@ -750,9 +745,10 @@ def inkling2_config() -> Any:
     return hf.Inkling2Config(text_config=text, vision_config=vision, image_token_id=IMAGE)
 
 
-def softcapped_silu(x: Tensor) -> Tensor:
-    """The gate's half of Inkling2SoftcappedSwiGLU."""
-    return 4 * torch.tanh(x / 4) * torch.sigmoid(x)
+def softcapped_swiglu(block: Any, x: Tensor, expert: int) -> Tensor:
+    """Inkling2SoftcappedSwiGLU: its output is the whole product."""
+    gate, up = F.linear(x, block.gate_up_proj[expert]).chunk(2, -1)
+    return 4 * torch.tanh(gate / 4) * torch.sigmoid(gate) * 25 * torch.tanh(up / 25)
 
 
 def inkling2() -> Entry:
@@ -767,15 +763,18 @@ def inkling2() -> Entry:
         sites=(
             *plain("vision", f"{tower}.layers", 2, 36, F.gelu, "mlp.fc1 mlp.fc2"),
             Dense("projector", 0, merger[0], F.gelu, merger[1], 52),
-            *(routed(f"{text}.{n}.mlp.experts", n, 5, 20, softcapped_silu) for n in range(2)),
+            *(
+                replace(routed(f"{text}.{n}.mlp.experts", n, 5, 20, F.silu), act=softcapped_swiglu)
+                for n in range(2)
+            ),
         ),
         first=f"{text}.0",
         spatial="region",
         mixers=(r"model\.vision_tower\.layers\.\d+\.self_attn",),
         prepare=louder,
         note=(
-            "The experts' act_fn takes gate and up and returns what down_proj takes; the "
-            "activation here is its gate factor, softcap(gate) * sigmoid(gate)."
+            "The experts' act_fn takes gate and up and returns what down_proj takes, so both kinds "
+            "of neuron are the same."
         ),
     )
 

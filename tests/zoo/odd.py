@@ -157,7 +157,7 @@ BLIP = Entry(
 # Chameleon and Emu3: the image becomes discrete codes, which are ordinary tokens.
 
 
-CODES = 32
+CODES = 512
 
 
 def tokenizer_like(model: nn.Module) -> None:
@@ -168,10 +168,10 @@ def tokenizer_like(model: nn.Module) -> None:
     hook = model.model.vqmodel.quantize.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].movedim(-3, -1).flatten(0, -2))
     )
-    noise = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(2)).to(book) * 2 - 1
+    noise = torch.rand(16, 3, 24, 24, generator=torch.Generator().manual_seed(2)).to(book) * 2 - 1
     with torch.no_grad():
         if "emu3" in model.config.model_type:
-            model.model.vqmodel.encode(noise, torch.tensor([[24, 24]] * 4))
+            model.model.vqmodel.encode(noise, torch.tensor([[24, 24]] * 16))
         else:
             model.model.vqmodel.encode(noise)
         book.copy_(seen[0][:: len(seen[0]) // CODES][:CODES])

@@ -388,6 +388,7 @@ def entry(
     mixers: tuple[str, ...] = (r"model\.visual\.blocks\.\d+\.attn",),
     note: str = "",
     sizes: tuple[tuple[int, int], ...] = SIZES,
+    first: str = "model.language_model.layers.0",
 ) -> Entry:
     return Entry(
         name=name,
@@ -396,7 +397,7 @@ def entry(
         sizes=sizes,
         inputs=partial(make_inputs, **(inputs or {})),
         sites=sites,
-        first="model.language_model.layers.0",
+        first=first,
         spatial="region",
         mixers=mixers,
         note=note,
@@ -756,6 +757,7 @@ ENTRIES = (
             *glm_merger(silu_clamped, 52),
             *dense_then_moe(act=silu_clamped),
         ),
+        first="model.language_model.layers.0.input_layernorm",
         note="hidden states are three residual streams, [batch, token, 3, hidden]; gates and up "
         "projections are clamped before they are activated and multiplied",
     ),

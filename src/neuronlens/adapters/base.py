@@ -173,6 +173,40 @@ class ModelAdapter(ABC):
             role[attention.cpu() == 0] = Role.PAD
         return role
 
+    def placeholder_ids(self) -> list[int]:
+        """The token ids that images take the place of."""
+        found = getattr(self.processor, "image_token_id", None)
+        return [] if found is None else [int(found)]
+
+    @property
+    def image_token(self) -> str:
+        """What stands for one image in a text that is given to the processor; "" for nothing."""
+        return str(getattr(self.processor, "image_token", "") or "")
+
+    @property
+    def image_text(self) -> str:
+        """What is written for one image where no chat template is used: `image_token`, marked."""
+        return self.image_token
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """The processor's inputs for a batch, padded; per text, its images.
+
+        Args:
+            texts: With image tokens and chat markers.
+            images: Pictures of each text.
+            add_special_tokens: Whether the tokenizer adds its own (BOS).
+        """
+        inputs: Mapping[str, Any] = self.processor(
+            images=[list(each) for each in images],
+            text=list(texts),
+            add_special_tokens=add_special_tokens,
+            padding=True,
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""

@@ -68,6 +68,12 @@ class FamilyAdapter(ModelAdapter):
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """What the tokens of the images among these inputs see."""
 
+    def look_with(
+        self, inputs: Mapping[str, Any], originals: Sequence[Sequence[ImageSize]] | None
+    ) -> Seen:
+        """`look`, for families whose inputs do not tell everything without the original sizes."""
+        return self.look(inputs)
+
     def blocks(self) -> Iterable[Block]:
         """The model's feed-forward blocks in running order; a family adds and replaces some."""
         return feed_forward_blocks(self.model)
@@ -243,11 +249,11 @@ class FamilyAdapter(ModelAdapter):
         if not self.has_images(inputs):
             if here.any():
                 raise AdapterError(
-                    f"input_ids hold {int(here.sum())} image tokens, but there are no pixel_values. "
-                    "Pass the processor's whole output to the model."
+                    f"input_ids hold {int(here.sum())} image tokens, but there are no "
+                    "pixel_values. Pass the processor's whole output to the model."
                 )
             return {"language": language} | self.text_streams(inputs)
-        seen = self.look(inputs)
+        seen = self.look_with(inputs, originals)
         owner = self._owners(seen, here)
         number = [owner[:i].count(sample) for i, sample in enumerate(owner)]
         if originals is not None:

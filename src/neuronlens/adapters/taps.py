@@ -69,7 +69,7 @@ EXPERTS_FIRST = Layout(
     lambda out: out.transpose(0, 1).flatten(1),
     lambda new, shape: new.unflatten(1, (shape[0], shape[2])).transpose(0, 1),
 )
-"""`[expert, token, neuron]` of experts that all tokens run through: one block, `[token, neuron]`."""
+"""`[expert, token, neuron]` of experts that all tokens run through: made `[token, neuron]`."""
 
 
 def _changed(values: Tensor, change: Change) -> Tensor:

@@ -1,5 +1,5 @@
 """Tables of facts, a file per kind of model; importing a file registers its adapters."""
 
-from neuronlens.adapters.families import llava
+from neuronlens.adapters.families import dynamic, llava, native, odd, queries, qwen
 
-__all__ = ["llava"]
+__all__ = ["dynamic", "llava", "native", "odd", "queries", "qwen"]

@@ -8,11 +8,9 @@ from typing import Any
 from neuronlens.adapters.base import register
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.grids import (
-    Piece,
     Seen,
     cells,
     flat,
-    nothing,
     queries,
     raster,
     rows,
@@ -72,7 +70,9 @@ class LlavaAdapter(FamilyAdapter):
         first = _CLASS_TOKENS[self._vision.model_type]
         # "default" leaves the first token out, whether it is a CLS token or a patch. CLS, passed
         # on with "full", sees the whole image and no single region.
-        passed_on = queries(first) + grid if self._strategy == "full" else (special(first) + grid)[1:]
+        passed_on = (
+            queries(first) + grid if self._strategy == "full" else (special(first) + grid)[1:]
+        )
         images = range(len(pixels))
         return Seen(
             sizes=[(width, height) for _ in images],

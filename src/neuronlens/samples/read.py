@@ -1,0 +1,151 @@
+"""Reading samples from files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from neuronlens.errors import DataError
+from neuronlens.samples.sample import Annotation, Sample
+
+
+class LabelMap(BaseModel):
+    """Annotations in a file: a PNG whose values are named."""
+
+    model_config = ConfigDict(extra="forbid")
+    labels: str
+    names: dict[int, list[str]]
+    image: int = 0
+
+
+class SampleRow(BaseModel):
+    """A sample as a line of JSON; paths are relative to the file's folder.
+
+    Other fields are ignored.
+    """
+
+    id: str | int | None = None
+    image: str | list[str] | None = None
+    prompt: str
+    response: str | None = None
+    domain: str | None = None
+    annotations: list[LabelMap] = Field(default_factory=list)
+
+    def sample(self, folder: Path, fallback_id: str) -> Sample:
+        """The sample, with its paths made absolute."""
+        names = [self.image] if isinstance(self.image, str) else (self.image or [])
+        return Sample(
+            id=fallback_id if self.id is None else str(self.id),
+            images=tuple((folder / name).resolve() for name in names),
+            prompt=self.prompt,
+            response=self.response,
+            domain=self.domain,
+            annotations=tuple(
+                Annotation(tuple(called), (folder / each.labels).resolve(), number, each.image)
+                for each in self.annotations
+                for number, called in each.names.items()
+            ),
+        )
+
+
+class _Turn(BaseModel):
+    speaker: str = Field(alias="from")
+    value: str
+
+
+class _Conversation(BaseModel):
+    id: str | int | None = None
+    image: str | list[str] | None = None
+    conversations: list[_Turn]
+
+
+def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sample]:
+    """Samples from a JSONL file of ours, or from LLaVA's conversation JSON.
+
+    Args:
+        path: A `.jsonl` with `image`, `prompt` and optionally `id`, `response`, `domain`,
+            `annotations` per line (see `SampleRow`); or a `.json` list of records with
+            `image` and `conversations`, of which the first exchange is read.
+        images: Folder of the images, if not that of the file.
+
+    Returns:
+        The samples in the order of the file. Images are not opened: one that is missing
+        or broken is skipped, by name, when it is needed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DataError: If the file is not of either form, or an id occurs twice.
+    """
+    path = Path(path)
+    folder = Path(images) if images is not None else path.parent
+    readers = {".jsonl": _read_jsonl, ".json": _read_conversations}
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path} is neither .jsonl (one sample per line) nor .json (LLaVA's conversations)."
+        )
+    try:
+        samples = list(readers[path.suffix](path, folder))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}.") from error
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise DataError(f"{path} has two samples with the id {sample.id!r}; ids must differ.")
+        seen.add(sample.id)
+    if not samples:
+        raise DataError(f"{path} holds no sample.")
+    return samples
+
+
+def _read_jsonl(path: Path, folder: Path) -> Iterator[Sample]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = SampleRow.model_validate_json(line)
+                except ValidationError as error:
+                    raise DataError(f"{path}, line {number}: {_first(error)}") from error
+                yield row.sample(folder, str(number - 1))
+
+
+def _read_conversations(path: Path, folder: Path) -> Iterator[Sample]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path} should hold a list of records, not {type(records).__name__}.")
+    longer = 0
+    for number, record in enumerate(records):
+        try:
+            read = _Conversation.model_validate(record)
+        except ValidationError as error:
+            raise DataError(f"{path}, record {number}: {_first(error)}") from error
+        turns = read.conversations
+        if [turn.speaker for turn in turns[:2]] != ["human", "gpt"]:
+            said = [turn.speaker for turn in turns[:2]]
+            raise DataError(f"{path}, record {number} begins with {said}, not ['human', 'gpt'].")
+        longer += len(turns) > 2
+        row = SampleRow(
+            id=read.id,
+            image=read.image,
+            prompt=turns[0].value.replace("<image>", "").strip(),
+            response=turns[1].value.strip(),
+        )
+        yield row.sample(folder, str(number))
+    if longer:
+        warnings.warn(
+            f"{longer} of {len(records)} conversations in {path} have more than one exchange; "
+            "only the first of each was read.",
+            stacklevel=3,
+        )
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(step) for step in first["loc"]) or "the line"
+    return f"{where}: {first['msg']}."

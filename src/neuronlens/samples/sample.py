@@ -1,0 +1,112 @@
+"""What a sample is: images, what is asked of them, what is said."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from neuronlens.errors import DataError, SampleError
+
+Picture = Path | Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class Annotation:
+    """A region of an image, and everything it is called.
+
+    Attributes:
+        names: Every concept the region is an instance of, such as `("red", "circle")`.
+        labels: A map of the image's size in which the region has the value `number`: an
+            array, or a path to a PNG.
+        number: Value of the region in `labels`.
+        image: Number of the image within its sample.
+    """
+
+    names: tuple[str, ...]
+    labels: Path | NDArray[np.integer[Any]]
+    number: int = 1
+    image: int = 0
+
+    def mask(self) -> NDArray[np.bool_]:
+        """True inside the region, `[height, width]`."""
+        labels = _read_labels(self.labels) if isinstance(self.labels, Path) else self.labels
+        return np.asarray(labels == self.number)
+
+
+@lru_cache(maxsize=64)
+def _read_labels(path: Path) -> NDArray[np.integer[Any]]:
+    try:
+        with Image.open(path) as image:
+            return np.array(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"The label map {path} cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image (or several), what is asked of it, and what is said about it.
+
+    Attributes:
+        id: Unique within a data set.
+        images: Paths, or pictures in memory.
+        prompt: The user's text, without image tokens and chat markers.
+        response: The text whose tokens the papers look at; None where there is none.
+        domain: Name of the domain, for domain-specific neurons.
+        annotations: Named regions, where the data set has them.
+    """
+
+    id: str
+    images: tuple[Picture, ...]
+    prompt: str
+    response: str | None = None
+    domain: str | None = None
+    annotations: tuple[Annotation, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take paths as text, and a single image without a tuple, for what they mean."""
+        given: Any = self.images
+        several = given if isinstance(given, (tuple, list)) else (given,)
+        images = tuple(Path(each) if isinstance(each, str) else each for each in several)
+        object.__setattr__(self, "images", images)
+
+    def open_images(self) -> list[Image.Image]:
+        """The images as RGB, turned upright as their EXIF data say.
+
+        Raises:
+            SampleError: If there is none, or one is missing or not readable.
+        """
+        if not self.images:
+            raise SampleError(self.id, "no image", "give at least one, as `image` or `images`.")
+        opened = []
+        for source in self.images:
+            if isinstance(source, Image.Image):
+                opened.append(ImageOps.exif_transpose(source).convert("RGB"))
+                continue
+            try:
+                with Image.open(source) as image:
+                    opened.append(ImageOps.exif_transpose(image).convert("RGB"))
+            except FileNotFoundError:
+                raise SampleError(self.id, "missing image", f"there is no file {source}.") from None
+            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:
+                raise SampleError(self.id, "corrupt image", f"{source}: {e}.") from e
+        return opened
+
+    def concepts(self) -> frozenset[str]:
+        """Every name its annotations carry."""
+        return frozenset(name for each in self.annotations for name in each.names)
+
+
+def image_digest(source: Picture) -> str:
+    """SHA-256 of a file's bytes, or of a picture's pixels."""
+    if isinstance(source, Image.Image):
+        return hashlib.sha256(
+            repr(source.size).encode() + source.convert("RGB").tobytes()
+        ).hexdigest()
+    return hashlib.sha256(source.read_bytes()).hexdigest()

@@ -1,0 +1,5 @@
+"""None yet."""
+
+from real import Real
+
+REAL: tuple[Real, ...] = ()
