@@ -173,10 +173,13 @@ def _check_shape(site: NeuronSite, out: Activation, tokens: TokenMap) -> None:
 class _Run:
     """One sequence: a forward from its start, and the steps that continue it."""
 
-    def __init__(self, inputs: Mapping[str, Any], ids: Int[Tensor, "batch token"]) -> None:
+    def __init__(
+        self, inputs: Mapping[str, Any], ids: Int[Tensor, "batch token"], adapter: ModelAdapter
+    ) -> None:
+        self.names = adapter.text_input, adapter.text_mask
         self.inputs = {k: v for k, v in inputs.items() if k != "past_key_values"}
         self.ids = ids
-        self.attended = _attended(inputs.get("attention_mask"), ids, 0)
+        self.attended = _attended(inputs.get(adapter.text_mask), ids, 0)
         self.prompt_length = ids.shape[1]
         self.kept: dict[str, list[Activation]] = {}
         self.encoder_inputs: dict[str, Any] = {}
@@ -190,7 +193,7 @@ class _Run:
             self.prompt_length += ids.shape[1]  # a prompt that is fed in chunks
         known = {*self.inputs, "past_key_values"}
         self.inputs |= {k: v for k, v in inputs.items() if k not in known and v is not None}
-        more = _attended(inputs.get("attention_mask"), ids, done)
+        more = _attended(inputs.get(self.names[1]), ids, done)
         self.attended = torch.cat([self.attended, more], 1)
         self.ids = torch.cat([self.ids, ids], 1)
 
@@ -199,12 +202,13 @@ class _Run:
         kept = sum(_length(part) for part in self.kept.get(name, []))
         return max(0, kept - self.prefix)
 
-    def prompt(self, text_input: str, beams: int = 1) -> dict[str, Any]:
+    def prompt(self, beams: int = 1) -> dict[str, Any]:
         """The inputs of one forward over the prompt, of every `beams`-th row."""
         rows = len(self.ids)
+        ids, mask = self.names
         inputs = self.inputs | {
-            text_input: self.ids[:, : self.prompt_length],
-            _mask_name(text_input): self.attended[:, : self.prompt_length],
+            ids: self.ids[:, : self.prompt_length],
+            mask: self.attended[:, : self.prompt_length],
         }
         if beams > 1:
             inputs = {
@@ -214,10 +218,6 @@ class _Run:
                 for name, value in inputs.items()
             }
         return inputs | self.encoder_inputs
-
-
-def _mask_name(text_input: str) -> str:
-    return "attention_mask" if text_input == "input_ids" else "decoder_attention_mask"
 
 
 def _attended(mask: Any, ids: Int[Tensor, "batch token"], done: int) -> Int[Tensor, "batch token"]:
@@ -395,7 +395,7 @@ class ActivationRecorder:
             self._skip = done = run.ids.shape[1]  # generation without a cache
             ids = ids[:, done:]
         if done == 0:
-            run = _Run(inputs, ids)
+            run = _Run(inputs, ids, self.adapter)
             run.kept |= self._early
             run.encoder_inputs |= self._encoder_inputs
             self._runs.append(run)
@@ -482,16 +482,15 @@ class ActivationRecorder:
 
     def _prompt_maps(self, run: _Run) -> tuple[int, dict[str, TokenMap]]:
         """The maps of the prompt, and how many beams share an image that was encoded once."""
-        text_input = self.adapter.text_input
         try:
-            return 1, self.adapter.tokens(run.prompt(text_input))
+            return 1, self.adapter.tokens(run.prompt())
         except AdapterError:
             if not run.encoder_inputs:
                 raise
             for beams in range(2, len(run.ids) + 1):
                 if len(run.ids) % beams == 0:
                     with suppress(AdapterError):
-                        return beams, self.adapter.tokens(run.prompt(text_input, beams))
+                        return beams, self.adapter.tokens(run.prompt(beams))
             raise
 
     def _generated_roles(self, run: _Run) -> Int[Tensor, "batch token"]:

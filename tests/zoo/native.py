@@ -60,13 +60,6 @@ def routed(path: str, layer: int, experts: int, width: int, act: Any, **more: An
     )
 
 
-def louder(model: nn.Module) -> None:
-    """Scale the weights of experts as those of Linears: `draw` takes a matrix for one output."""
-    for name, parameter in model.named_parameters():
-        if "experts" in name and parameter.ndim == 3:
-            parameter.data *= math.sqrt(parameter.shape[1])
-
-
 def zero_down(block: Any, expert: int, index: int) -> None:
     with torch.no_grad():
         block.down_proj[expert, :, index] = 0
@@ -258,7 +251,6 @@ def pixtral(
         spatial="region",
         mixers=(re.escape(f"{tower}.transformer.layers") + r"\.\d+\.attention",),
         note="The vision tower sees all images as one sequence of patches, batch size 1.",
-        prepare=louder if moe else None,
     )
 
 
@@ -710,7 +702,6 @@ def inkling() -> Entry:
         ),
         first=f"{text}.0",
         spatial="region",
-        prepare=louder,
         note="If the image is a multiple of the patch wide, the last column of tokens is padding.",
     )
 
@@ -771,7 +762,6 @@ def inkling2() -> Entry:
         first=f"{text}.0",
         spatial="region",
         mixers=(r"model\.vision_tower\.layers\.\d+\.self_attn",),
-        prepare=louder,
         note=(
             "The experts' act_fn takes gate and up and returns what down_proj takes, so both kinds "
             "of neuron are the same."
@@ -795,7 +785,8 @@ def molmo_pool(grid: Tensor) -> tuple[Tensor, int, int]:
 def molmo_inputs(model: Any, images: Images) -> dict[str, Any]:
     """Crops of 7 x 7 patches of 4 x 4 pixels, [crop, 49, 48], patches in raster order.
 
-    The first crop is the whole image, made smaller; the others overlap by 2 patches, of which each
+    The first crop is the whole image, made smaller (averaged here; the processor interpolates, so
+    that some pixels count for nothing); the others overlap by 2 patches, of which each
     neighbour's outer one is not used. A token pools 2 x 2 patches of a crop or of the image,
     fewer at the right and the bottom; the tokens of the small image come first.
     """
@@ -803,7 +794,7 @@ def molmo_inputs(model: Any, images: Images) -> dict[str, Any]:
     for image in map(normal, flat(images)):
         device = image.device
         tall, wide = ((length // 4 - 2) // 5 for length in image.shape[-2:])
-        tiles = [F.interpolate(image[None], (28, 28), mode="bilinear", align_corners=False)[0]]
+        tiles = [F.interpolate(image[None], (28, 28), mode="area")[0]]
         tiles += [
             image[:, 20 * y : 20 * y + 28, 20 * x : 20 * x + 28]
             for y in range(tall)
@@ -981,7 +972,6 @@ ENTRIES = (
         "Gemma4ForConditionalGeneration",
         gemma4_moe_config,
         STACKS["gemma4+moe"](),
-        prepare=louder,
         note="Patches are padded to one number per image. Like 26B-A4B.",
     ),
     gemma(
@@ -997,7 +987,6 @@ ENTRIES = (
         "DiffusionGemmaForBlockDiffusion",
         diffusion_gemma_config,
         STACKS["diffusion_gemma"](),
-        prepare=louder,
         note=(
             "The text encoder reads the image, and only its keys and values reach the decoder, "
             "whose tokens are the canvas; without decoder_input_ids the canvas is random. "

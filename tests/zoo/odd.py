@@ -567,14 +567,6 @@ def expert_zero(block: nn.Module, expert: int, index: int) -> None:
     block.down_proj[expert, :, index] = 0
 
 
-def louder_experts(model: nn.Module) -> None:
-    """Scales fused expert weights to the fan-in of one expert."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 3:
-                parameter.mul_(parameter.shape[1] ** 0.5)
-
-
 MISTRAL4 = Entry(
     name="mistral4",
     cls="Mistral4ForCausalLM",
@@ -596,7 +588,6 @@ MISTRAL4 = Entry(
     first="model.layers.0",
     spatial="none",
     note="Text only: its inputs ignore the images.",
-    prepare=louder_experts,
 )
 
 
@@ -889,6 +880,7 @@ VIT = dict(
     patch_size=4,
     pooler_output_size=24,
 )
+DEIT = {**VIT, "model_type": "deit"}
 SWIN = dict(
     model_type="donut-swin",
     image_size=[32, 24],
@@ -1023,6 +1015,17 @@ PAIRS = (
     pair(
         "vision-encoder-decoder+trocr",
         VIT,
+        TROCR,
+        "decoder.model.decoder.layers.{}",
+        F.gelu,
+        ("fc1", "fc2"),
+        "decoder.model.decoder.layers.0",
+        [2],
+        1,
+    ),
+    pair(
+        "vision-encoder-decoder+trocr-small",
+        DEIT,
         TROCR,
         "decoder.model.decoder.layers.{}",
         F.gelu,

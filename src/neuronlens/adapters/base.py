@@ -42,6 +42,8 @@ class ModelAdapter(ABC):
         max_tokens: How many tokens the model takes; None if that is not known.
         text_input: Name of the inputs that hold the language stream's token ids.
         growing: Streams that generation adds tokens to.
+        answer_stream: The stream that reads a sample's response: the decoder's of an
+            encoder-decoder model.
         prefixes_images: Whether image tokens are put before the text by the model, so that
             the language stream is longer than the text.
     """
@@ -49,6 +51,7 @@ class ModelAdapter(ABC):
     max_tokens: int | None = None
     text_input: str = "input_ids"
     growing: tuple[str, ...] = ("language",)
+    answer_stream: str = "language"
     prefixes_images: bool = False
 
     def __init__(
@@ -173,6 +176,11 @@ class ModelAdapter(ABC):
             role[attention.cpu() == 0] = Role.PAD
         return role
 
+    @property
+    def text_mask(self) -> str:
+        """Name of the inputs that tell which tokens of `text_input` are no padding."""
+        return self.text_input.replace("input_ids", "attention_mask")
+
     def placeholder_ids(self) -> list[int]:
         """The token ids that images take the place of."""
         found = getattr(self.processor, "image_token_id", None)
@@ -206,6 +214,27 @@ class ModelAdapter(ABC):
             return_tensors="pt",
         )
         return dict(inputs)
+
+    def with_answers(self, inputs: Mapping[str, Any], answers: Sequence[str]) -> dict[str, Any]:
+        """The inputs with the responses for the decoder of an encoder-decoder model.
+
+        Each begins with the decoder's start token and is padded on the right.
+        """
+        tokenizer = self.processor.tokenizer
+        config = self._config.get_text_config(decoder=True)
+        pad = tokenizer.pad_token_id or 0
+        start = getattr(config, "decoder_start_token_id", None)
+        start = getattr(self._config, "decoder_start_token_id", None) if start is None else start
+        if start is None:
+            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
+        ids = [
+            torch.tensor([start, *tokenizer(answer, add_special_tokens=False)["input_ids"]])
+            for answer in answers
+        ]
+        rows = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(each) for each in ids])
+        mask = (torch.arange(rows.shape[1]) < lengths[:, None]).long()
+        return {**inputs, "decoder_input_ids": rows, "decoder_attention_mask": mask}
 
     @property
     def device(self) -> torch.device:

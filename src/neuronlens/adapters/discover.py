@@ -155,8 +155,9 @@ def _between(model: nn.Module, path: str, parent: nn.Module, key: str) -> tuple[
         for order, (name, (takes, _)) in enumerate(projections):
             others = [gives for other, (_, gives) in projections if other != name]
             feeding = others.count(takes)
-            if feeding or 2 * takes in others:
-                likely = 2 * feeding + any(word in name for word in _DOWN_NAMES)
+            is_fused = 2 * takes in others
+            if feeding or is_fused:
+                likely = 2 * max(feeding, int(is_fused)) + any(word in name for word in _DOWN_NAMES)
                 found = (likely, order, f"{path}.{name}".lstrip("."), feeding != 1)
                 best = found if best is None else max(best, found)
         return None if best is None else (best[2], best[3])

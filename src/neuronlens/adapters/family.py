@@ -223,9 +223,7 @@ class FamilyAdapter(ModelAdapter):
     def text_map(self, inputs: Mapping[str, Any]) -> TokenMap:
         """The language stream, before it is known what images put there."""
         ids = self.text(inputs)
-        mask = inputs.get(
-            "attention_mask" if self.text_input == "input_ids" else "decoder_attention_mask"
-        )
+        mask = inputs.get(self.text_mask)
         role = self.text_roles(ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
         sample = torch.arange(len(ids))[:, None].expand_as(ids).contiguous()
         box = torch.full((*ids.shape, 4), float("nan"))
@@ -335,7 +333,7 @@ def _layers(blocks: Sequence[tuple[str, Block]]) -> dict[tuple[str, str], int]:
     layers: dict[tuple[str, str], int] = {}
     for stack in dict.fromkeys(stack for stack, _ in blocks):
         paths = list(dict.fromkeys(block.path for each, block in blocks if each == stack))
-        found = [re.match(r"(.*?)\.(\d+)(?=\.|$)", path) for path in paths]
+        found = [re.match(r"(.*)\.(\d+)(?=\.|$)", path) for path in paths]
         lists = {match.group(1) if match else None for match in found}
         if len(lists) == 1 and None not in lists and stack != "projector":
             layers |= {

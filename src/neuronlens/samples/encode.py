@@ -22,7 +22,8 @@ from neuronlens.tokens import Role, TokenMap
 class Prepared:
     """A sample that is ready for the processor.
 
-    `roles` are those of `ids`, the text's tokens before images are expanded.
+    `roles` are those of `ids`, the text's tokens before images are expanded. `answer` is the
+    response of a model that reads it in its decoder; it is not in `text`.
     """
 
     sample: Sample
@@ -30,6 +31,7 @@ class Prepared:
     text: str
     ids: tuple[int, ...]
     roles: tuple[Role, ...]
+    answer: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ class Batch:
         Joined, they are the text as it was tokenised; image tokens are empty.
         """
         language = self.tokens["language"]
-        ids = self.inputs["input_ids"].cpu()
+        ids = self.inputs[self.adapter.text_input].cpu()
         # Images that the model puts before the text have no token of their own.
         prefix = language.role.shape[1] - ids.shape[1]
         filler = (self.adapter.placeholder_ids() or [0])[0]
@@ -121,6 +123,9 @@ def prepare(
     if token and token in sample.prompt + answer:
         raise SampleError(sample.id, "image token in text", f"remove {token!r} from it.")
     asked = _rendered(adapter, len(images), sample.prompt, "", template)
+    decoded = answer if adapter.answer_stream != "language" else ""
+    if decoded:
+        answer = ""
     said = _rendered(adapter, len(images), sample.prompt, answer, template) if answer else asked
     asked_ids, said_ids = _ids(adapter, asked), _ids(adapter, said)
     if said_ids[: len(asked_ids)] != asked_ids:
@@ -138,7 +143,7 @@ def prepare(
         + [Role.SPECIAL] * foot
         + [Role.RESPONSE] * (len(said_ids) - len(asked_ids))
     )
-    return Prepared(sample, tuple(images), said, tuple(said_ids), tuple(roles))
+    return Prepared(sample, tuple(images), said, tuple(said_ids), tuple(roles), decoded)
 
 
 def _rendered(adapter: ModelAdapter, images: int, prompt: str, answer: str, template: bool) -> str:
@@ -231,7 +236,11 @@ def collate(adapter: ModelAdapter, prepared: Sequence[Prepared]) -> Batch:
         [list(each.images) for each in prepared],
         add_special_tokens=_adds_special(adapter, prepared[0].text),
     )
-    lengths = inputs["attention_mask"].sum(1).tolist()
+    if adapter.answer_stream != "language":
+        inputs = adapter.with_answers(inputs, [each.answer for each in prepared])
+    ids = inputs[adapter.text_input]
+    mask = inputs.get(adapter.text_mask)
+    lengths = (torch.ones_like(ids) if mask is None else mask).sum(1).tolist()
     for each, length in zip(prepared, lengths, strict=True):
         if adapter.max_tokens and length > adapter.max_tokens:
             raise SampleError(
@@ -241,9 +250,12 @@ def collate(adapter: ModelAdapter, prepared: Sequence[Prepared]) -> Batch:
             )
     tokens = adapter.tokens(inputs, originals)
     role = tokens["language"].role
-    prefix = role.shape[1] - inputs["input_ids"].shape[1]
+    prefix = role.shape[1] - ids.shape[1]
     for row, each in enumerate(prepared):
-        _set_text_roles(adapter, inputs["input_ids"][row], role[row, prefix:], each)
+        _set_text_roles(adapter, ids[row], role[row, prefix:], each)
+    if adapter.answer_stream != "language":
+        answered = tokens[adapter.answer_stream].role
+        answered[answered == Role.PROMPT] = Role.RESPONSE
     return Batch(dict(inputs), tokens, tuple(each.sample for each in prepared), adapter)
 
 
@@ -288,9 +300,12 @@ def _aligned(adapter: ModelAdapter, ids: list[int], each: Prepared) -> list[Role
     start = 0
     if len(segments) > 1:
         first = segments.pop(0)
-        if not _put(roles, ids, 0, first):
-            return None
-        start = len(first)
+        special = set(adapter.processor.tokenizer.all_special_ids)
+        while not _put(roles, ids, start, first):  # a processor may begin with a BOS of its own
+            if start == len(ids) or ids[start] not in special:
+                return None
+            start += 1
+        start += len(first)
     last = segments.pop()
     end = len(ids) - len(last)
     if end < start or not _put(roles, ids, end, last):

@@ -1,5 +1,31 @@
 """Tables of facts, a file per kind of model; importing a file registers its adapters."""
 
-from neuronlens.adapters.families import dynamic, llava, native, odd, queries, qwen
+from neuronlens.adapters.families import (
+    anyres,
+    convolutional,
+    cuts,
+    dynamic,
+    gemma,
+    llava,
+    native,
+    odd,
+    queries,
+    qwen,
+    tiles,
+    views,
+)
 
-__all__ = ["dynamic", "llava", "native", "odd", "queries", "qwen"]
+__all__ = [
+    "anyres",
+    "convolutional",
+    "cuts",
+    "dynamic",
+    "gemma",
+    "llava",
+    "native",
+    "odd",
+    "queries",
+    "qwen",
+    "tiles",
+    "views",
+]

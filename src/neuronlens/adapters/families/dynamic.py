@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +92,8 @@ def _no_feed_forward(_path: str, _block: Any) -> Iterable[Block]:
 # Families.
 
 
-@dataclass(frozen=True)
-class _Still:
-    """An image, or frames of a video that become one set of tokens."""
-
-    rows: int
-    columns: int
-    frames: int = 1
+Grids = list[tuple[int, int]]
+"""Rows and columns of patches, by image."""
 
 
 class PatchRowsAdapter(FamilyAdapter):
@@ -106,17 +101,7 @@ class PatchRowsAdapter(FamilyAdapter):
 
     Streams: `vision` [patch], `projector` [token], `language`. Each frame (or group of frames
     that share their tokens) of a video counts as an image, after the batch's still images.
-
-    Attributes:
-        sizes_of: By the input that holds pixels, the input with frames, rows and columns.
-        pools_frames: Whether all frames of a video become one set of tokens.
     """
-
-    sizes_of: ClassVar[Mapping[str, str]] = {
-        "pixel_values": "image_grid_thw",
-        "pixel_values_videos": "video_grid_thw",
-    }
-    pools_frames: ClassVar[bool] = False
 
     def check_model(self) -> None:
         """Read the sizes of patches and of what is merged."""
@@ -149,30 +134,27 @@ class PatchRowsAdapter(FamilyAdapter):
         """The tokens of an image of so many rows and columns of tokens."""
         return cells(raster(rows, columns, size))
 
-    def stills(self, inputs: Mapping[str, Any], pixels: str) -> list[_Still]:
-        """The images, or the frames of the videos, that `pixels` holds."""
-        grid = inputs.get(self.sizes_of[pixels])
-        if not isinstance(inputs.get(pixels), Tensor) or not isinstance(grid, Tensor):
-            return []
-        found = []
-        for frames, height, width in grid.tolist():
-            if self.pools_frames:
-                found.append(_Still(height, width, frames))
-            else:
-                found += [_Still(height, width)] * frames
-        return found
+    def grids(self, inputs: Mapping[str, Any]) -> tuple[Grids, Grids]:
+        """Of the images, and of the frames of the videos."""
+        found: list[Grids] = []
+        for pixels, sizes in (
+            ("pixel_values", "image_grid_thw"),
+            ("pixel_values_videos", "video_grid_thw"),
+        ):
+            thw = inputs[sizes].tolist() if inputs.get(pixels) is not None else []
+            found.append([(height, width) for times, height, width in thw for _ in range(times)])
+        return found[0], found[1]
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """One cell per patch in the tower, and one per merged block elsewhere."""
-        images, frames = (self.stills(inputs, pixels) for pixels in self.sizes_of)
+        images, frames = self.grids(inputs)
         sizes, tower, merged, tokens = [], [], [], []
-        for number, still in enumerate([*images, *frames]):
-            size = (still.columns * self._patch, still.rows * self._patch)
-            patches = cells(raster(still.rows, still.columns, size))
-            order = self.order(still.rows, still.columns)
-            grid = (still.rows // self._merge, still.columns // self._merge)
+        for number, (height, width) in enumerate([*images, *frames]):
+            size = (width * self._patch, height * self._patch)
+            grid = (height // self._merge, width // self._merge)
+            patches = cells(raster(height, width, size))[self.order(height, width)]
             sizes.append(size)
-            tower += [(number, self.before_patches() + patches[order])] * still.frames
+            tower.append((number, self.before_patches() + patches))
             merged.append((number, cells(raster(*grid, size))))
             tokens.append((number, self.at_placeholders(*grid, size)))
         count = sum(len(piece) for _, piece in tokens[: len(images)])
@@ -224,9 +206,7 @@ class HunYuanAdapter(PatchRowsAdapter):
 
 @register("kimi_k25")
 class KimiAdapter(PatchRowsAdapter):
-    """The frames of a chunk of a video are averaged to one set of tokens."""
-
-    pools_frames = True
+    """Images are filled up, not stretched, to whole tokens."""
 
     def merged(self) -> int:
         """The side of the merge kernel, which has to be square."""
@@ -241,7 +221,7 @@ class KimiAdapter(PatchRowsAdapter):
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Never enlarged, and filled up at the right and at the bottom."""
         ours = self.image_processor
-        if not ours.do_resize:
+        if not getattr(ours, "do_resize", False):
             return stretched(original, size)
         width, height = original
         patch, side = ours.patch_size, ours.size.max_height
@@ -310,16 +290,6 @@ class MiniMaxAdapter(_InBlocks):
 class NemotronOmniAdapter(PatchRowsAdapter):
     """The tower puts class and register tokens before each image's patches."""
 
-    def check_model(self) -> None:
-        """Refuse models that prune tokens of videos."""
-        super().check_model()
-        if self._config.video_pruning_rate:
-            raise AdapterError(
-                f"The model drops tokens of videos (video_pruning_rate="
-                f"{self._config.video_pruning_rate}), so its tokens are not those of input_ids. "
-                "Set model.config.video_pruning_rate and model.video_pruning_rate to 0."
-            )
-
     def merged(self) -> int:
         """The reciprocal of the downsampling."""
         return round(1 / float(self._config.downsample_ratio))
@@ -337,16 +307,10 @@ class NemotronOmniAdapter(PatchRowsAdapter):
         """Class tokens and registers."""
         return special(int(self._config.vision_config.num_summary_tokens))
 
-    def stills(self, inputs: Mapping[str, Any], pixels: str) -> list[_Still]:
-        """Images of any size; frames of one size, several to a set of tokens."""
-        values = inputs.get(pixels)
-        if not isinstance(values, Tensor):
-            return []
-        if pixels == "pixel_values":
-            return [_Still(height, width) for height, width in inputs["image_grid_hw"].tolist()]
-        frames, _, height, width = values.shape
-        groups = math.ceil(frames / self._config.video_temporal_patch_size)
-        return [_Still(height // self._patch, width // self._patch)] * groups
+    def grids(self, inputs: Mapping[str, Any]) -> tuple[Grids, Grids]:
+        """Of the images; the model's own code for videos does not run (transformers 5.23)."""
+        sizes = inputs["image_grid_hw"].tolist() if inputs.get("pixel_values") is not None else []
+        return [(height, width) for height, width in sizes], []
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,20 @@
-"""LLaVA 1.5 and its like: a CLIP-like tower, a projector, one token per patch."""
+"""LLaVA 1.5 and its like: one image is one grid of patches, one token per patch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
 
 from neuronlens.adapters.base import register
+from neuronlens.adapters.discover import Block, features, special_block
 from neuronlens.adapters.family import FamilyAdapter
+from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import (
+    Grid,
+    ImageSize,
+    Piece,
     Seen,
     cells,
     flat,
@@ -16,69 +23,252 @@ from neuronlens.adapters.grids import (
     rows,
     special,
 )
+from neuronlens.adapters.taps import ActOutput
 from neuronlens.errors import AdapterError
 
-_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""Tokens before the patches of the vision towers whose tokens are described."""
 
+class GridAdapter(FamilyAdapter):
+    """A tower that cuts the whole image into patches, and one grid of tokens made of them.
 
-@register("llava")
-class LlavaAdapter(FamilyAdapter):
-    """Streams: `vision` [image, CLS (CLIP's) + patch], `projector` [image, patch], `language`."""
+    Streams: `vision` [image, class token (CLIP's) + patch], `projector` [image, patch],
+    `language`.
 
-    not_run = r"vision_tower.*\.head\."  # SigLIP's pooling head, of which LLaVA reads nothing
+    Attributes:
+        towers: By model type of the vision tower, its tokens before the patches.
+    """
+
+    # Pooling heads run, and nothing of them is read.
+    not_run = r"vision_(tower|model).*\.head\."
+    towers: ClassVar[Mapping[str, int]] = {"siglip_vision_model": 0}
 
     def check_model(self) -> None:
         """Refuse vision towers whose tokens are not described here."""
         super().check_model()
-        self._vision = self._config.vision_config
-        if self._vision.model_type not in _CLASS_TOKENS:
+        self._vision = self.vision_config()
+        if self._vision.model_type not in self.towers:
             raise AdapterError(
                 f"The vision tower is a {self._vision.model_type!r}; {type(self).__name__} knows "
-                f"the tokens of {', '.join(_CLASS_TOKENS)}. To describe another: docs/adapters.md."
+                f"the tokens of {', '.join(self.towers)}. To describe another: docs/adapters.md."
             )
-        self._strategy = getattr(self._config, "vision_feature_select_strategy", "default")
+        self.first_tokens = self.towers[self._vision.model_type]
+
+    def vision_config(self) -> Any:
+        """The config of the vision tower."""
+        return self._config.vision_config
 
     def agreements(self) -> dict[str, tuple[Any, Any]]:
-        """Patch size, image size and which tower tokens are passed on."""
+        """Patch size and image size."""
         crop = getattr(self.image_processor, "crop_size", None)
         side = self._vision.image_size
         return {
             "patch size": (getattr(self.processor, "patch_size", None), self._vision.patch_size),
             "image size": ((crop.height, crop.width) if crop else None, (side, side)),
-            "feature selection": (
-                getattr(self.processor, "vision_feature_select_strategy", None),
-                self._strategy,
-            ),
         }
+
+    def pixels(self, inputs: Mapping[str, Any]) -> Any:
+        """The processed images."""
+        if inputs.get("pixel_values") is None:
+            raise AdapterError(
+                f"{type(self).__name__} describes images (pixel_values); what videos are made into "
+                "is not described."
+            )
+        return inputs["pixel_values"]
+
+    def patches(self, size: ImageSize, area: ImageSize | None = None) -> Piece:
+        """The patches of an image or tile of `size`, told in the pixels of `area`."""
+        patch = self._vision.patch_size
+        return cells(raster(size[1] // patch, size[0] // patch, area or size))
+
+    def image_tokens(self, size: ImageSize) -> Piece:
+        """What the language model is given of an image."""
+        return self.patches(size)
+
+    def look(self, inputs: Mapping[str, Any]) -> Seen:
+        """One grid per image, in reading order."""
+        pixels = self.pixels(inputs)
+        size = (int(pixels.shape[-1]), int(pixels.shape[-2]))
+        images = range(len(pixels))
+        tokens = self.image_tokens(size)
+        return Seen(
+            sizes=[size for _ in images],
+            language=flat((i, tokens) for i in images),
+            streams={
+                "vision": rows(
+                    (i, special(self.first_tokens) + self.patches(size)) for i in images
+                ),
+                "projector": rows((i, tokens) for i in images),
+            },
+        )
+
+
+class SelectingAdapter(GridAdapter):
+    """Reads chosen layers of the tower, with or without its first token."""
+
+    towers = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+    def check_model(self) -> None:
+        """Remember which of the tower's tokens are passed on."""
+        super().check_model()
+        self._strategy = getattr(self._config, "vision_feature_select_strategy", "default")
+
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """Patch size, image size and which tower tokens are passed on."""
+        theirs = getattr(self.processor, "vision_feature_select_strategy", None)
+        return super().agreements() | {"feature selection": (theirs, self._strategy)}
+
+    def read_layers(self) -> list[int]:
+        """The tower's hidden states that are read: 0 is the first layer's input."""
+        chosen = self._config.vision_feature_layer
+        return [chosen] if isinstance(chosen, int) else list(chosen)
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
-        chosen = self._config.vision_feature_layer
         # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-        read = [
-            k if k >= 0 else last + 2 + k for k in ([chosen] if isinstance(chosen, int) else chosen)
-        ]
+        read = [k if k >= 0 else last + 2 + k for k in self.read_layers()]
         return stack == "vision" and layer >= max(read)
 
-    def look(self, inputs: Mapping[str, Any]) -> Seen:
-        """One cell per patch, in reading order."""
-        pixels = inputs["pixel_values"]
-        height, width = pixels.shape[-2:]
-        patch = self._vision.patch_size
-        grid = cells(raster(height // patch, width // patch, (width, height)))
-        first = _CLASS_TOKENS[self._vision.model_type]
+
+@register("llava", "vipllava", "video_llava")
+class LlavaAdapter(SelectingAdapter):
+    """Streams: `vision` [image, CLS (CLIP's) + patch], `projector` [image, patch], `language`."""
+
+    # Video-LLaVA has a second tower, for videos.
+    not_run = rf"{GridAdapter.not_run}|video_tower"
+
+    def pixels(self, inputs: Mapping[str, Any]) -> Any:
+        """The processed images, under either of Video-LLaVA's names."""
+        legacy = inputs.get("pixel_values_images")
+        return super().pixels(inputs) if legacy is None else legacy
+
+    def image_tokens(self, size: ImageSize) -> Piece:
+        """One token per patch."""
+        first, grid = self.first_tokens, self.patches(size)
         # "default" leaves the first token out, whether it is a CLS token or a patch. CLS, passed
         # on with "full", sees the whole image and no single region.
-        passed_on = (
-            queries(first) + grid if self._strategy == "full" else (special(first) + grid)[1:]
+        return queries(first) + grid if self._strategy == "full" else (special(first) + grid)[1:]
+
+
+def padded_square(
+    image_processor: Any, original: ImageSize, processed: ImageSize, side: int
+) -> Placement:
+    """Where an image lies that was made to fit into a square and padded on both sides alike.
+
+    Args:
+        image_processor: Of DeepSeek-VL or Janus.
+        original: Size before processing.
+        processed: Size of the square that boxes are told in.
+        side: Of the square that the image was resized for.
+    """
+    width, height = original
+    least = getattr(image_processor, "min_size", 1)
+    share = side / max(original)
+    resized = max(round(width * share), least), max(round(height * share), least)
+    if not getattr(image_processor, "do_pad", True):
+        raise AdapterError(
+            f"{type(image_processor).__name__} has do_pad=False, so images are not made square. "
+            "Boxes cannot be placed; leave it True."
         )
+    square = max(resized)
+    start = [(square - each) // 2 for each in resized]
+    more = processed[0] / square
+    scale = (resized[0] / width * more, resized[1] / height * more)
+    return Placement(original, scale, (-start[0] * more, -start[1] * more))
+
+
+@register("deepseek_vl", "janus")
+class DeepseekVLAdapter(GridAdapter):
+    """Streams: `vision` and `projector` [image, patch], `language`. Images are padded to squares."""
+
+    towers = {"siglip_vision_model": 0, "janus_vision_model": 0}
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks; an aligner of another depth than the checkpoints' is refused."""
+        depth = getattr(self._vision, "depth", 2)
+        if depth != 2:
+            raise AdapterError(
+                f"The aligner has {depth} projections; one of 2 is described (the activation of a "
+                "deeper one is called several times)."
+            )
+        yield from super().blocks()
+
+    def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
+        """Resized with its aspect ratio kept, centred in a square."""
+        side = self.image_processor.size.height
+        return padded_square(self.image_processor, original, size, side)
+
+
+@special_block("JanusVisionAlignerMLP")
+def _janus_aligner(path: str, block: Any) -> Iterator[Block]:
+    width = block.fc1.out_features
+    down = f"{path}.hidden_layers.0"
+    yield Block(path, "activation_fn", ActOutput(f"{path}.activation_fn", down), width)
+
+
+@special_block("DeepseekVLHybridAligner")
+def _hybrid_aligner(path: str, block: Any) -> Iterator[Block]:
+    # Two projections side by side are activated together.
+    width, _ = features(block.proj) or (0, 0)
+    yield Block(path, "act", ActOutput(f"{path}.act", f"{path}.proj"), width)
+
+
+@register("deepseek_vl_hybrid")
+class DeepseekVLHybridAdapter(GridAdapter):
+    """Two towers see the image; boxes are told in the pixels of the finer one, SAM's.
+
+    Streams: `vision` [image, patch], `vision.2` (SAM's) [image, row, column], `projector`
+    [image, patch], `language`. The convolutions behind SAM see more than the box.
+    """
+
+    parts = (("vision.2", r"high_res_vision_model"),)
+
+    def look(self, inputs: Mapping[str, Any]) -> Seen:
+        """One grid per tower and image."""
+        pixels, fine = self.pixels(inputs), inputs["high_res_pixel_values"]
+        size = (int(pixels.shape[-1]), int(pixels.shape[-2]))
+        area = (int(fine.shape[-1]), int(fine.shape[-2]))
+        patch = self._config.high_res_vision_config.patch_size
+        across, down = area[0] // patch, area[1] // patch
         images = range(len(pixels))
+        grid = self.patches(size, area)
+        sam = rows((i, cells(raster(down, across, area))) for i in images)
         return Seen(
-            sizes=[(width, height) for _ in images],
-            language=flat((i, passed_on) for i in images),
+            sizes=[area for _ in images],
+            language=flat((i, grid) for i in images),
             streams={
-                "vision": rows((i, special(first) + grid) for i in images),
-                "projector": rows((i, passed_on) for i in images),
+                "vision": rows((i, grid) for i in images),
+                "vision.2": sam.reshape(len(pixels), down, across),
+                "projector": rows((i, grid) for i in images),
             },
         )
+
+    def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
+        """Resized with its aspect ratio kept, centred in a square."""
+        side = self.image_processor.high_res_size["height"]
+        return padded_square(self.image_processor, original, size, side)
+
+
+def interleaved(is_second: torch.Tensor, first: Grid, second: Grid, offset: int) -> Grid:
+    """Two grids of tokens as one, in reading order.
+
+    Args:
+        is_second: `[token]`, which of them are the second's.
+        first: Tokens of images.
+        second: Tokens of frames.
+        offset: What to add to the second's image numbers.
+    """
+    counts = (int((~is_second).sum()), int(is_second.sum()))
+    given = (first.role.numel(), second.role.numel())
+    if counts != given:
+        raise AdapterError(
+            f"The text has {counts[0]} image tokens and {counts[1]} video tokens, but the images "
+            f"make {given[0]} and the videos {given[1]}. Was it expanded by the model's own "
+            "processor?"
+        )
+    order = torch.cat([(~is_second).nonzero(), is_second.nonzero()]).squeeze(1).argsort()
+    image = torch.cat([first.image, torch.where(second.image >= 0, second.image + offset, -1)])
+    return Grid(
+        torch.cat([first.role, second.role])[order],
+        image[order],
+        torch.cat([first.box, second.box])[order],
+        torch.cat([first.sample, second.sample])[order],
+    )

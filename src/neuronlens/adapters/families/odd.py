@@ -82,10 +82,10 @@ def _page(image_processor: Any, original: ImageSize, size: ImageSize) -> Placeme
     if getattr(image_processor, "do_align_long_axis", False) and turned:
         return _nowhere(original)  # a box that was turned is no scaled one
     width, height = original
-    if image_processor.do_resize:
+    if getattr(image_processor, "do_resize", False):
         short, long = min(size), int(min(size) * max(original) / min(original))
         width, height = (short, long) if width <= height else (long, short)
-    if image_processor.do_thumbnail:
+    if getattr(image_processor, "do_thumbnail", False):
         fits = min(width, size[0]), min(height, size[1])
         if fits != (width, height):
             if height > width:
@@ -213,6 +213,10 @@ class PPFormulaNetAdapter(CrossAttentionAdapter):
     """
 
     parts = (("vision", r"^model\.encoder\."),)
+
+    def blocks(self) -> Iterable[Block]:
+        """The tower runs first, though the decoder is listed before it."""
+        return sorted(super().blocks(), key=lambda block: self.stack_of(block.path) != "vision")
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """One cell per patch, in reading order."""
@@ -488,6 +492,10 @@ class T5Gemma2Adapter(EncoderDecoderAdapter):
                 f"The vision tower is a {tower!r}; {type(self).__name__} knows the tokens of "
                 "siglip_vision_model. To describe another: docs/adapters.md."
             )
+
+    def blocks(self) -> Iterable[Block]:
+        """The tower runs first, though the text model is listed before it."""
+        return sorted(super().blocks(), key=lambda block: self.stack_of(block.path) != "vision")
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """One cell per patch; the language stream has means of several by several of them."""

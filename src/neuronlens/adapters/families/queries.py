@@ -84,15 +84,18 @@ class BlipAdapter(FamilyAdapter):
     )
 
     def check_model(self) -> None:
-        """Refuse encoder-decoders other than T5, and BLIP-2's layers for text it never gets."""
+        """Refuse encoder-decoders other than T5."""
         text = self._config.text_config
         if text.is_encoder_decoder and text.model_type != "t5":
             raise AdapterError(
                 f"The language model is a {text.model_type!r}; of encoder-decoders only 't5' is "
                 "described. To describe another: docs/adapters.md."
             )
-        if self.model_type == "blip-2":  # what there is for text is for retrieval only
-            self.not_run = r"^qformer\..*\.intermediate$"
+
+    def stack_of(self, path: str) -> str | None:
+        """Blocks of BLIP-2's Q-Former for text are for retrieval, and do not run."""
+        stack = super().stack_of(path)
+        return None if stack == "qformer.text" and self.model_type == "blip-2" else stack
 
     def blocks(self) -> Iterable[Block]:
         """A Q-Former layer runs its queries before its text."""
@@ -341,7 +344,7 @@ class IdeficsAdapter(_CrossAttending):
 
     def blocks(self) -> Iterable[Block]:
         """Cross-attention blocks are told before the layers they run before."""
-        every = self._config.cross_layer_interval
+        every = int(self._config.cross_layer_interval)
 
         def turn(block: Block) -> float:
             _, kind, *rest = block.path.split(".")
@@ -353,7 +356,8 @@ class IdeficsAdapter(_CrossAttending):
 
     def is_marker(self, ids: Int[Tensor, "batch token"]) -> Bool[Tensor, "batch token"]:
         """The tokens added to LLaMA's vocabulary."""
-        return ids >= self._config.vocab_size
+        added: Tensor = ids >= self._config.vocab_size
+        return added
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Latents for every image; images that only fill up the batch are PAD."""
@@ -392,7 +396,9 @@ class MllamaAdapter(_CrossAttending):
         count = (tile[0] // vision.patch_size) * (tile[1] // vision.patch_size) + 1
         fill = pad(-count % 8)
         empty = pad(count) + fill
-        pieces, sizes, owners = [], [], []
+        pieces: list[tuple[int, Piece]] = []
+        sizes: list[ImageSize] = []
+        owners: list[int] = []
         for sample, row in enumerate(ratios.tolist()):
             for ratio in row:
                 if ratio == 0:

@@ -239,7 +239,8 @@ class GlmAdapter(MergeBlockAdapter):
     def is_moving(self, ids: Int[Tensor, "batch token"]) -> Bool[Tensor, "batch token"]:
         """Between the marks of a video: its frames have the id of images."""
         begun = (ids == self._config.video_start_token_id).cumsum(-1)
-        return begun > (ids == self._config.video_end_token_id).cumsum(-1)
+        ended = (ids == self._config.video_end_token_id).cumsum(-1)
+        return torch.gt(begun, ended)
 
 
 @register("glm5_next")
@@ -249,8 +250,8 @@ class Glm5Adapter(GlmAdapter):
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """At the top left, in its own proportions, and larger only if it is very small."""
         ours = self.image_processor
-        if not ours.do_resize:
-            return Placement(original, (1.0, 1.0), (0.0, 0.0))
+        if ours is None or not ours.do_resize:
+            return super().place(original, size, index)
         width, height = original
         scale = min(size[0] / width, size[1] / height)
         block = (ours.patch_size * ours.merge_size) ** 2
