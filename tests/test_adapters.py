@@ -33,6 +33,7 @@ from neuronlens import testbed
 from neuronlens.adapters import base, get
 from neuronlens.adapters.discover import feed_forward_blocks
 from neuronlens.adapters.geometry import resized_and_cropped
+from neuronlens.adapters import StructuralAdapter
 from neuronlens.adapters.families.llava import LlavaAdapter
 from neuronlens.errors import AdapterError, CaptureError, UnknownNameError
 from neuronlens.hooks import hooked
@@ -169,7 +170,8 @@ def test_a_site_is_inert_exactly_if_silencing_it_changes_no_bit_of_the_logits(la
         plain = model(**inputs).logits
         for site in vlm.sites.values():
             with hooked(
-                {site.name: vlm.model.get_submodule(site.path)}, lambda _name, out: torch.zeros_like(out)
+                {site.name: vlm.model.get_submodule(site.path)},
+                lambda _name, out: torch.zeros_like(out),
             ):
                 silenced = model(**inputs).logits
             assert torch.equal(silenced, plain) == site.inert, site.name
@@ -293,16 +295,14 @@ def test_a_name_that_selects_nothing_is_a_lookup_error_with_near_names(vlm):
 # Which adapter.
 
 
-def test_an_unknown_model_type_lists_near_ones_and_the_way_to_add_one():
+def test_a_model_type_nobody_registered_gets_the_structural_adapter():
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
     )
-    with pytest.raises(
-        UnknownNameError, match=r"model type 'llama'\. Closest: llava\. .*docs/adapters"
-    ):
-        nl.adapt(LlamaForCausalLM(config))
-    with pytest.raises(UnknownNameError, match=r"Known: .*llava"):
-        get("zzz")
+    vlm = nl.adapt(LlamaForCausalLM(config))
+    assert type(vlm) is StructuralAdapter
+    assert {name: site.width for name, site in vlm.sites.items()} == {"language.0": 8}
+    assert get("zzz") is StructuralAdapter
 
 
 @pytest.mark.parametrize(
@@ -361,8 +361,7 @@ def test_a_family_of_an_installed_package_is_found_by_its_entry_point(
     (installed / "entry_points.txt").write_text(
         "[neuronlens.adapters]\nmine = lens_for_mine:Mine\n"
     )
-    with pytest.raises(UnknownNameError):
-        get("mine")
+    assert get("mine") is StructuralAdapter
     monkeypatch.syspath_prepend(tmp_path)
     assert type(nl.adapt(renamed("mine"))).__name__ == "Mine"
 

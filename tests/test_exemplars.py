@@ -40,7 +40,9 @@ def positions(group) -> list[int]:
 @contextmanager
 def doubled(adapter, site):
     """The same weights, but twice the activations."""
-    hook = adapter.model.get_submodule(adapter.site(site).path).register_forward_hook(lambda m, a, out: out * 2)
+    hook = adapter.model.get_submodule(adapter.site(site).path).register_forward_hook(
+        lambda m, a, out: out * 2
+    )
     try:
         yield
     finally:

@@ -91,9 +91,7 @@ def test_text_roles_are_those_of_the_sample(real: Real, vlm: nl.ModelAdapter) ->
         assert tokens.role[-1] in (nl.Role.RESPONSE, nl.Role.SPECIAL)
 
 
-def test_visual_tokens_are_those_that_depend_on_the_photo(
-    real: Real, vlm: nl.ModelAdapter
-) -> None:
+def test_visual_tokens_are_those_that_depend_on_the_photo(real: Real, vlm: nl.ModelAdapter) -> None:
     images = [photo(0), photo(1)]
     negatives = [changed(image, (0, 0, *image.size)) for image in images]
     batches = [

@@ -176,9 +176,13 @@ def test_the_reference_computes_the_models_own_logits(vlm, batch):
     with torch.inference_mode():
         plain = vlm.model(**batch.inputs).logits
         site = vlm.site("language.1")
-        with hooked({"here": vlm.model.get_submodule(site.path)}, lambda _name, _out: acts["language.1"]):
+        with hooked(
+            {"here": vlm.model.get_submodule(site.path)}, lambda _name, _out: acts["language.1"]
+        ):
             replaced = vlm.model(**batch.inputs).logits
-        with hooked({"here": vlm.model.get_submodule(site.path)}, lambda _name, out: torch.zeros_like(out)):
+        with hooked(
+            {"here": vlm.model.get_submodule(site.path)}, lambda _name, out: torch.zeros_like(out)
+        ):
             silenced = vlm.model(**batch.inputs).logits
     attended = batch.inputs["attention_mask"] == 1
     torch.testing.assert_close(replaced[attended], plain[attended], atol=1e-3, rtol=1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +49,17 @@ class Point:
 
 
 @contextmanager
-def attached(points: Mapping[str, Sequence[Point]]) -> Iterator[set[str]]:
+def attached(
+    points: Mapping[str, Sequence[Point]], may_be_left_out: Container[str] = ()
+) -> Iterator[set[str]]:
     """Attach at every point for the length of the block.
 
     All hooks are gone when the block ends, however it ends. The block receives the names
-    of which some point has not run yet.
+    that have not run yet.
+
+    Args:
+        points: By name, where to attach.
+        may_be_left_out: Names that are not missed if they never ran.
 
     Raises:
         CaptureError: If the block ended well but some point never ran, for example because
@@ -67,7 +73,7 @@ def attached(points: Mapping[str, Sequence[Point]]) -> Iterator[set[str]]:
             for i, point in enumerate(several):
                 stack.callback(_attach(point, (name, i), waiting, unseen))
         yield unseen
-    missing = {name for name, _ in waiting}
+    missing = {name for name, _ in waiting if name not in may_be_left_out}
     if missing:
         raise CaptureError(
             f"{len(missing)} of {len(points)} hooked modules never ran: "
@@ -154,20 +160,30 @@ def overheard(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
         inputs: Takes the named arguments.
     """
     base: Any = getattr(model, "base_model", model)
+    depth = 0
+
+    def listening(method: Any) -> Any:
+        @functools.wraps(method)
+        def listen(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            if depth == 0:  # some encode a video by calling the method for images
+                bound = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+                named = bound | bound.pop("kwargs", {})
+                inputs.update({k: v for k, v in named.items() if isinstance(v, Tensor)})
+            depth += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                depth -= 1
+
+        return listen
+
     with ExitStack() as stack:
         for name in ("get_image_features", "get_video_features"):
             method = getattr(base, name, None)
-            if method is None or name in vars(base):
-                continue
-
-            def listen(*args: Any, _method: Any = method, **kwargs: Any) -> Any:
-                bound = inspect.signature(_method).bind_partial(*args, **kwargs).arguments
-                extra = bound.pop("kwargs", {})
-                inputs.update({k: v for k, v in (bound | extra).items() if isinstance(v, Tensor)})
-                return _method(*args, **kwargs)
-
-            vars(base)[name] = functools.wraps(method)(listen)
-            stack.callback(vars(base).pop, name, None)
+            if method is not None and name not in vars(base):
+                vars(base)[name] = listening(method)
+                stack.callback(vars(base).pop, name, None)
         yield
 
 

@@ -61,5 +61,6 @@ def _changed(
         index = {expert: torch.tensor(sorted(set(at))) for expert, at in by_expert.items()}
         tap = adapter.tap(adapter.site(name))
         points[name] = tap.writing(adapter.model, Change(to, index))
-    with uncompiled(), attached(points):
+    conditional = {name for name in points if "conditional" in adapter.site(name).flags}
+    with uncompiled(), attached(points, conditional):
         yield

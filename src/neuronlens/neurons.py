@@ -69,7 +69,8 @@ class NeuronSite:
         stream: Name of the token axis it runs on.
         experts: Number of routed experts; 0 for a dense block.
         branch: Q-Former branch, `"text"` or `"query"`; None elsewhere.
-        flags: `"inert"`: runs, but cannot affect the model's output.
+        flags: `"inert"`: runs, but cannot affect the model's output. `"conditional"`: is left
+            out of a forward without an image, although it is part of the language model.
     """
 
     name: str

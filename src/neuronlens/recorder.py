@@ -82,7 +82,7 @@ def record(
         sink.take(site, whole, there)
 
     refuse_compiled(adapter.model)
-    with attached(_reading(adapter, chosen, see)):
+    with attached(_reading(adapter, chosen, see), _conditional(chosen)):
         yield
     for name, parts in waiting.items():
         if parts and name not in done:
@@ -96,6 +96,10 @@ def _reading(
         name: adapter.tap(site).reading(adapter.model, partial(see, name), adapter.neuron_kind)
         for name, site in sites.items()
     }
+
+
+def _conditional(sites: Mapping[str, NeuronSite]) -> set[str]:
+    return {name for name, site in sites.items() if "conditional" in site.flags}
 
 
 def _detached(out: Activation) -> Activation:
@@ -294,7 +298,9 @@ class ActivationRecorder:
         model = self.adapter.model
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
-            stack.enter_context(attached(_reading(self.adapter, self.sites, self._keep)))
+            stack.enter_context(
+                attached(_reading(self.adapter, self.sites, self._keep), _conditional(self.sites))
+            )
             stack.enter_context(overheard(model, self._encoder_inputs))
             stack.enter_context(watched(model, self._begin, self._end))
             self._stack = stack.pop_all()

@@ -431,7 +431,6 @@ LLAVA_ONEVISION = tuple(
         first=FIRST,
         spatial="region",
         mixers=TOWER_ATTENTION,
-        overlap=most == 1,
         note=f"{ANYRES_NOTE} Canvases of more than vision_aspect_ratio's number of tiles have "
         "their grid of tokens shrunk bilinearly.",
     )
@@ -906,7 +905,7 @@ def fast_vlm_config() -> Any:
                 "inference_mode": True,
                 "layers": [1, 2, 1, 1],
                 "embed_dims": [8, 8, 16, 32],
-                "mlp_ratios": [2, 2, 2, 2],
+                "mlp_ratios": [2, 3, 2, 2],
                 "se_downsamples": [False] * 4,
                 "downsamples": [False, True, True, True],
                 "token_mixers": ["repmixer", "repmixer", "repmixer", "attention"],
@@ -937,8 +936,8 @@ FAST_VLM = Entry(
             for layer, (block, width) in enumerate(
                 [
                     ("0.blocks.0", 16),
-                    ("1.blocks.0", 16),
-                    ("1.blocks.1", 16),
+                    ("1.blocks.0", 24),
+                    ("1.blocks.1", 24),
                     ("2.blocks.0", 32),
                     ("3.blocks.0", 64),
                 ]
@@ -1068,7 +1067,7 @@ GEMMA3N = Entry(
             for layer, width in enumerate(GEMMA3N_WIDTHS)
         ),
     ),
-    first=FIRST,
+    first=f"{FIRST}.input_layernorm",  # of the stream that layers read
     spatial="region",
     mixers=(r"model\.vision_tower\.timm_model\.blocks\.\d+\.\d+\.attn",),
     overlap=True,

@@ -479,7 +479,7 @@ def gemma_vision(**more: Any) -> dict[str, Any]:
         "head_dim": 12,
         "patch_size": 4,
         "pooling_kernel_size": 3,
-        "position_embedding_size": 16,
+        "position_embedding_size": 64,
         **more,
     }
 
@@ -535,7 +535,7 @@ def gemma4_unified_config() -> Any:
         "pooling_kernel_size": 3,
         "mm_embed_dim": 24,
         "output_proj_dims": 24,
-        "mm_posemb_size": 16,
+        "mm_posemb_size": 64,
     }
     return hf.Gemma4UnifiedConfig(
         text_config=gemma_text(),

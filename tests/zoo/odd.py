@@ -433,12 +433,13 @@ def florence2_inputs(model: Any, images: Images) -> dict[str, Any]:
 
 
 def florence2_sites() -> tuple[Dense, ...]:
+    """A block has two: one behind attention over windows, one behind attention over channels."""
     found: list[Dense] = []
     for stage, (depth, width) in enumerate(zip((1, 1, 2, 1), (32, 48, 64, 96), strict=True)):
         for block in range(depth):
             for half in ("spatial_block", "channel_block"):
                 path = f"model.vision_tower.blocks.{stage}.{block}.{half}.ffn"
-                site = Dense("vision", len(found), f"{path}.fc1", F.gelu, f"{path}.fc2", width)
+                site = Dense("vision", len(found) // 2, f"{path}.fc1", F.gelu, f"{path}.fc2", width)
                 found.append(site)
     text = "model.language_model"
     return (
@@ -460,10 +461,10 @@ FLORENCE2 = Entry(
     mixers=(
         r"model\.vision_tower\.blocks\..*\.window_attn",
         r"model\.vision_tower\.blocks\..*\.channel_attn",
+        r"model\.vision_tower\.blocks\..*\.conv[12]",
     ),
     overlap=True,
     note="The first image token is the mean of all cells; depthwise convolutions mix neighbours.",
-    prepare=partial(quieter, r"vision_tower\.blocks\..*\.conv[12]\."),
 )
 
 

@@ -125,7 +125,7 @@ def padded_tile_inputs(
     def inputs(model: Any, images: Images) -> dict[str, Any]:
         pixels, ids = [], []
         for sample in images:
-            tiles, row = [], []
+            tiles, row = [torch.zeros(0, 3, tile, tile, device=model.device)], []
             for image in sample:
                 parts, rows, columns = with_thumbnail(normal(model, image), tile)
                 tiles.append(parts)

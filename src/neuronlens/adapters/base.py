@@ -196,6 +196,13 @@ class ModelAdapter(ABC):
         """What is written for one image where no chat template is used: `image_token`, marked."""
         return self.image_token
 
+    def as_processed(self, text: str) -> str:
+        """The text as the processor tokenises it, but for the expansion of image tokens.
+
+        For processors that rewrite text, such as one that puts spaces around images.
+        """
+        return text
+
     def process(
         self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
     ) -> dict[str, Any]:
@@ -321,25 +328,20 @@ def register(*model_types: str) -> Callable[[Family], Family]:
     return add
 
 
+ANY = "*"
+"""The model type under which the adapter for models nobody registered is registered."""
+
+
 def get(model_type: str) -> type[ModelAdapter]:
     """The adapter registered for a model type, here or by an installed package.
 
-    Packages add theirs under the entry point group `neuronlens.adapters`.
-
-    Raises:
-        UnknownNameError: If there is none.
+    Packages add theirs under the entry point group `neuronlens.adapters`. Where nobody did, it
+    is the structural adapter, which establishes what it can.
     """
     if model_type not in _registry:
         for entry in entry_points(group="neuronlens.adapters", name=model_type):
             _registry[model_type] = entry.load()
-    if model_type not in _registry:
-        raise UnknownNameError(
-            "model adapter for model type",
-            model_type,
-            sorted(_registry),
-            "To add one: subclass ModelAdapter and register it, see docs/adapters.md.",
-        )
-    return _registry[model_type]
+    return _registry.get(model_type) or _registry[ANY]
 
 
 def adapt(
@@ -360,7 +362,7 @@ def adapt(
     Raises:
         AdapterError: If `model` is no Hugging Face model, or the processor is another
             model's.
-        UnknownNameError: If no adapter is registered for its `config.model_type`.
+        UnknownNameError: If there is no such kind of neuron.
         CaptureError: If the model is compiled.
     """
     if not isinstance(model, nn.Module):

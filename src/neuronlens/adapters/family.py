@@ -88,6 +88,10 @@ class FamilyAdapter(ModelAdapter):
         """
         return False
 
+    def is_conditional(self, stack: str, layer: int) -> bool:
+        """Whether the block is left out of a forward without an image."""
+        return False
+
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Where an image of that original size lies in the processed one.
 
@@ -111,13 +115,13 @@ class FamilyAdapter(ModelAdapter):
         """Compare what processor and model must agree on: the image token, words, sizes."""
         processor: Any = self.processor
         tokenizer = getattr(processor, "tokenizer", None)
-        if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        if tokenizer is None or self.image_processor is None:
             raise AdapterError(
                 f"{type(processor).__name__} is not a processor of images and text. "
                 "Load it with AutoProcessor.from_pretrained(...)."
             )
         ours = self.placeholder_ids()
-        theirs = getattr(processor, "image_token_id", None)
+        theirs = self.placeholder_of_processor
         said = [
             f"{what} {other!r} (the model's is {mine!r})"
             for what, (other, mine) in self.agreements().items()
@@ -127,6 +131,8 @@ class FamilyAdapter(ModelAdapter):
             said.insert(0, f"image token id {theirs!r} (the model's is {ours[0]!r})")
         embeddings: Any = cast(Any, self.model).get_input_embeddings()
         words = getattr(embeddings, "num_embeddings", None)
+        if words is not None:
+            words += getattr(embeddings, "num_additional_embeddings", 0)
         if words is not None and len(tokenizer) > words:
             said.append(f"{len(tokenizer)} tokens (the model embeds {words})")
         if said:
@@ -137,8 +143,13 @@ class FamilyAdapter(ModelAdapter):
 
     @property
     def image_processor(self) -> Any:
-        """The processor's part that processes images."""
-        return getattr(self.processor, "image_processor", self.processor)
+        """The processor's part that processes images; None if it has none."""
+        return getattr(self.processor, "image_processor", None)
+
+    @property
+    def placeholder_of_processor(self) -> int | None:
+        """The token id that the processor puts in an image's place; None if it does not say."""
+        return getattr(self.processor, "image_token_id", None)
 
     def stack_of(self, path: str) -> str | None:
         """The stack that the block at `path` belongs to; None if it is not ours."""
@@ -168,7 +179,10 @@ class FamilyAdapter(ModelAdapter):
             taken[name] += 1
             if taken[name] > 1:
                 name += f".{taken[name]}"
-            inert = self.is_inert(stack, layer, last[stack])
+            flags = {
+                "inert": self.is_inert(stack, layer, last[stack]),
+                "conditional": self.is_conditional(stack, layer),
+            }
             self.taps[name] = block.tap
             yield NeuronSite(
                 name=name,
@@ -179,7 +193,7 @@ class FamilyAdapter(ModelAdapter):
                 stream=self.stream_of(stack, block),
                 experts=block.experts,
                 branch=self.branch_of(stack, block),
-                flags=frozenset({"inert"} if inert else ()),
+                flags=frozenset(flag for flag, holds in flags.items() if holds),
             )
 
     def stream_of(self, stack: str, block: Block) -> str:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from neuronlens.adapters.base import ANY, register
 from neuronlens.adapters.discover import Block, feed_forward_blocks, features, is_activation
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.grids import Grid, Seen
@@ -43,6 +44,7 @@ STRIPES = 64
 """The finest experiment: an image is changed in this many stripes along each axis."""
 
 
+@register(ANY)
 class StructuralAdapter(FamilyAdapter):
     """Sites by structure, visual tokens and boxes by experiment.
 

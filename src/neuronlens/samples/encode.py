@@ -189,7 +189,7 @@ def _from_template(adapter: ModelAdapter, images: int, prompt: str, answer: str)
 
 def _ids(adapter: ModelAdapter, text: str) -> list[int]:
     ids: list[int] = adapter.processor.tokenizer(
-        text, add_special_tokens=_adds_special(adapter, text)
+        adapter.as_processed(text), add_special_tokens=_adds_special(adapter, text)
     )["input_ids"]
     return ids
 
@@ -289,7 +289,11 @@ def _aligned(adapter: ModelAdapter, ids: list[int], each: Prepared) -> list[Role
     the text behind the last one at the end. None stands for what was put there; None for
     the whole list if the text is not found.
     """
-    placeholder = _is_placeholder(adapter, each.ids)
+    written = adapter.processor.tokenizer.convert_tokens_to_ids(adapter.image_token or [])
+    placeholder = [
+        known or token == written
+        for known, token in zip(_is_placeholder(adapter, each.ids), each.ids, strict=True)
+    ]
     segments: list[list[tuple[int, Role]]] = [[]]
     for token, role, is_image in zip(each.ids, each.roles, placeholder, strict=True):
         if is_image:

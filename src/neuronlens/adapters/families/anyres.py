@@ -263,7 +263,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
     def lines(self, canvas: Canvas, original: ImageSize) -> Piece:
         """The rows of the canvas, shrunk if there are too many tokens."""
         grid = canvas.kept(original, self.per_side)
-        most = int(str(self._config.vision_aspect_ratio).strip("anyres_max_"))
+        most = int(str(self._config.vision_aspect_ratio).removeprefix("anyres_max_"))
         down, across = grid.shape[:2]
         ratio = math.sqrt(down * across / (most * self.per_side**2))
         if ratio > 1.1:
@@ -293,7 +293,7 @@ class LlavaOnevisionAdapter(AnyresAdapter):
         grid = shrunk_grid(grid.reshape(self.per_side, self.per_side, 4), half, half)
         tokens = cells(grid.flatten(0, 1))
         video = [self.whole(tokens)] * (int(videos.shape[1]) - 1)
-        return (video + [self.whole(tokens + special())]) * int(videos.shape[0])
+        return [*video, self.whole(tokens + special())] * int(videos.shape[0])
 
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Resized; one of several images is padded to a square first."""

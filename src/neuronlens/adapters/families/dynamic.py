@@ -186,14 +186,36 @@ class PatchRowsAdapter(FamilyAdapter):
         )
 
 
+class _Marked(PatchRowsAdapter):
+    """Chat templates, not processors, write a start and an end around each image."""
+
+    def marks(self) -> tuple[str, str]:
+        """What stands before and after the image token."""
+        ids = [self._config.vision_start_token_id, self._config.vision_end_token_id]
+        tokenizer: Any = self.processor
+        start, end = tokenizer.tokenizer.convert_ids_to_tokens(ids)
+        return start, end
+
+    @property
+    def image_text(self) -> str:
+        """The image token between its marks."""
+        start, end = self.marks()
+        return f"{start}{self.image_token}{end}"
+
+
 @register("paddleocr_vl")
-class PaddleOcrAdapter(PatchRowsAdapter):
+class PaddleOcrAdapter(_Marked):
     """The projector runs image by image; there is no video."""
 
 
 @register("hunyuan_vl")
-class HunYuanAdapter(PatchRowsAdapter):
+class HunYuanAdapter(_Marked):
     """Learned markers stand at some placeholders: begin, a newline after each row, end."""
+
+    def marks(self) -> tuple[str, str]:
+        """The processor knows them."""
+        processor: Any = self.processor
+        return processor.image_start_token, processor.image_end_token
 
     def at_placeholders(self, rows: int, columns: int, size: ImageSize) -> Piece:
         """Begin, each row and a newline, end."""
@@ -205,8 +227,13 @@ class HunYuanAdapter(PatchRowsAdapter):
 
 
 @register("kimi_k25")
-class KimiAdapter(PatchRowsAdapter):
+class KimiAdapter(_Marked):
     """Images are filled up, not stretched, to whole tokens."""
+
+    def marks(self) -> tuple[str, str]:
+        """The start also says what kind of media follows."""
+        start, end = super().marks()
+        return f"{start}image<|media_content|>", end
 
     def merged(self) -> int:
         """The side of the merge kernel, which has to be square."""
@@ -264,22 +291,22 @@ class MuseAdapter(PatchRowsAdapter):
         return torch.cat(windows)
 
 
-class _InBlocks(PatchRowsAdapter):
-    """Patches that become one token stand together."""
+@register("lfm3_vl")
+class Lfm3VlAdapter(_Marked):
+    """Patches in merge-block order; convolutions in the tower look at neighbours too."""
 
     def order(self, rows: int, columns: int) -> Int[Tensor, " token"]:
         """Merge block by merge block."""
         return in_blocks(rows, columns, self._merge)
 
 
-@register("lfm3_vl")
-class Lfm3VlAdapter(_InBlocks):
-    """Patches in merge-block order; convolutions in the tower look at neighbours too."""
-
-
 @register("minimax_m3_vl")
-class MiniMaxAdapter(_InBlocks):
+class MiniMaxAdapter(PatchRowsAdapter):
     """Patches in merge-block order; the projector's first block runs on patches."""
+
+    def order(self, rows: int, columns: int) -> Int[Tensor, " token"]:
+        """Merge block by merge block."""
+        return in_blocks(rows, columns, self._merge)
 
     def stream_of(self, stack: str, block: Block) -> str:
         """The first block of the projector is before the merging."""
@@ -341,6 +368,17 @@ class Lfm2VlAdapter(FamilyAdapter):
             )
         self._patch = int(vision.patch_size)
         self._merge = int(self._config.downsample_factor)
+
+    def check_processor(self) -> None:
+        """Refuse tiles without a thumbnail, which tells how they are laid out."""
+        super().check_processor()
+        ours = self.image_processor
+        if getattr(ours, "do_image_splitting", True) and not getattr(ours, "use_thumbnail", True):
+            raise AdapterError(
+                f"{type(ours).__name__} cuts images into tiles without a thumbnail, and the inputs "
+                "do not tell how many of them are in a row. Set its use_thumbnail to True, or its "
+                "do_image_splitting to False."
+            )
 
     def agreements(self) -> dict[str, tuple[Any, Any]]:
         """Patch size, and how many patches are merged."""

@@ -108,13 +108,13 @@ class Pi0Adapter(GridAdapter):
 
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Resized with its aspect ratio kept, padded on the right or below."""
-        limit = self.image_processor.size
-        most = (getattr(limit, "max_width", None), getattr(limit, "max_height", None))
-        if None in most:
+        limit = getattr(self.image_processor, "size", None)
+        across, down = getattr(limit, "max_width", None), getattr(limit, "max_height", None)
+        if across is None or down is None:
             return stretched(original, size)
         if not getattr(self.image_processor, "do_resize", True):
             raise AdapterError("The image processor does not resize, so boxes cannot be placed.")
-        share = min(most[0] / original[0], most[1] / original[1])
+        share = min(across / original[0], down / original[1])
         resized = [int(each * share) for each in original]
         scale = (resized[0] / original[0], resized[1] / original[1])
         return Placement(original, scale, (0.0, 0.0))

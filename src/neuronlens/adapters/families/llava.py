@@ -10,7 +10,7 @@ import torch
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, features, special_block
 from neuronlens.adapters.family import FamilyAdapter
-from neuronlens.adapters.geometry import Placement
+from neuronlens.adapters.geometry import Placement, stretched
 from neuronlens.adapters.grids import (
     Grid,
     ImageSize,
@@ -104,7 +104,7 @@ class GridAdapter(FamilyAdapter):
 class SelectingAdapter(GridAdapter):
     """Reads chosen layers of the tower, with or without its first token."""
 
-    towers = {"clip_vision_model": 1, "siglip_vision_model": 0}
+    towers: ClassVar[Mapping[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
     def check_model(self) -> None:
         """Remember which of the tower's tokens are passed on."""
@@ -149,16 +149,21 @@ class LlavaAdapter(SelectingAdapter):
 
 
 def padded_square(
-    image_processor: Any, original: ImageSize, processed: ImageSize, side: int
+    image_processor: Any, setting: str, original: ImageSize, processed: ImageSize
 ) -> Placement:
     """Where an image lies that was made to fit into a square and padded on both sides alike.
 
     Args:
-        image_processor: Of DeepSeek-VL or Janus.
+        image_processor: Of DeepSeek-VL or Janus; without one the image is taken to be as
+            large as the square.
+        setting: Where it has the size of the square that images are resized for.
         original: Size before processing.
         processed: Size of the square that boxes are told in.
-        side: Of the square that the image was resized for.
     """
+    if image_processor is None:
+        return stretched(original, processed)
+    size = getattr(image_processor, setting)
+    side = size["height"] if isinstance(size, Mapping) else size.height
     width, height = original
     least = getattr(image_processor, "min_size", 1)
     share = side / max(original)
@@ -177,9 +182,9 @@ def padded_square(
 
 @register("deepseek_vl", "janus")
 class DeepseekVLAdapter(GridAdapter):
-    """Streams: `vision` and `projector` [image, patch], `language`. Images are padded to squares."""
+    """Streams: `vision` and `projector` [image, patch], `language`. Images are made square."""
 
-    towers = {"siglip_vision_model": 0, "janus_vision_model": 0}
+    towers: ClassVar[Mapping[str, int]] = {"siglip_vision_model": 0, "janus_vision_model": 0}
 
     def blocks(self) -> Iterator[Block]:
         """The blocks; an aligner of another depth than the checkpoints' is refused."""
@@ -193,8 +198,7 @@ class DeepseekVLAdapter(GridAdapter):
 
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Resized with its aspect ratio kept, centred in a square."""
-        side = self.image_processor.size.height
-        return padded_square(self.image_processor, original, size, side)
+        return padded_square(self.image_processor, "size", original, size)
 
 
 @special_block("JanusVisionAlignerMLP")
@@ -243,8 +247,7 @@ class DeepseekVLHybridAdapter(GridAdapter):
 
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Resized with its aspect ratio kept, centred in a square."""
-        side = self.image_processor.high_res_size["height"]
-        return padded_square(self.image_processor, original, size, side)
+        return padded_square(self.image_processor, "high_res_size", original, size)
 
 
 def interleaved(is_second: torch.Tensor, first: Grid, second: Grid, offset: int) -> Grid:

@@ -7,6 +7,7 @@ vision tower have theirs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ from neuronlens.adapters.grids import (
     raster,
     rows,
     special,
+    text_rows,
 )
 from neuronlens.adapters.taps import ActOutput
 from neuronlens.errors import AdapterError
@@ -69,13 +71,18 @@ def _is_filling(images: Tensor) -> list[bool]:
     return [not bool(image.any()) for image in images]
 
 
+_FRAMES = 4
+"""Frames of a video: InstructBlipVideoProcessor makes room for these, whatever it is given."""
+
+
 @register("blip-2", "instructblip", "instructblipvideo")
 class BlipAdapter(FamilyAdapter):
     """BLIP-2 and InstructBLIP, with a decoder or T5 behind them.
 
     Streams: `vision` [image, CLS + patch], `qformer` [image, query], `qformer.text` [image,
     token of the instruction] (InstructBLIP), `language`, `language.decoder` (T5, whose encoder
-    is `language`). The four frames of a video are four images.
+    is `language`). A video is one image of four frames; `vision` and `qformer` have a row for
+    each. `generate()` calls the language model by itself, so it cannot be recorded.
     """
 
     parts: ClassVar[tuple[Part, ...]] = (
@@ -85,7 +92,10 @@ class BlipAdapter(FamilyAdapter):
 
     def check_model(self) -> None:
         """Refuse encoder-decoders other than T5."""
+        super().check_model()
         text = self._config.text_config
+        if text.is_encoder_decoder:
+            self.answer_stream, self.growing = "language.decoder", ()
         if text.is_encoder_decoder and text.model_type != "t5":
             raise AdapterError(
                 f"The language model is a {text.model_type!r}; of encoder-decoders only 't5' is "
@@ -113,25 +123,27 @@ class BlipAdapter(FamilyAdapter):
         return stack == "qformer.text" and layer == last
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
-        """Queries for every image or frame."""
-        pixels = inputs["pixel_values"].flatten(0, -4)
+        """Queries for every image, or for every frame of a video."""
+        pixels = inputs["pixel_values"]
+        frames = pixels.shape[1] if pixels.ndim == 5 else 1
         images = range(len(pixels))
+        each_frame = [i for i in images for _ in range(frames)]
         tower = special() + _patches(pixels, self._config.vision_config.patch_size)
         asked = queries(self._config.num_query_tokens)
         streams = {
-            "vision": rows((i, tower) for i in images),
-            "qformer": rows((i, asked) for i in images),
+            "vision": rows((i, tower) for i in each_frame),
+            "qformer": rows((i, asked) for i in each_frame),
         }
         if isinstance(inputs.get("qformer_input_ids"), Tensor):
-            streams["qformer.text"] = self._instruction(inputs, len(pixels))
+            streams["qformer.text"] = self._instruction(inputs, frames)
         return Seen(
             sizes=[_size_of(pixels)] * len(pixels),
-            language=flat((i, asked) for i in images),
+            language=flat((i, asked) for i in each_frame),
             streams=streams,
         )
 
-    def _instruction(self, inputs: Mapping[str, Any], images: int) -> Grid:
-        """The text beside the queries, once for every image, or for every frame of a video."""
+    def _instruction(self, inputs: Mapping[str, Any], frames: int) -> Grid:
+        """The text beside the queries, of every image, once for each of its frames."""
         ids = inputs["qformer_input_ids"].cpu()
         role = torch.full(ids.shape, int(Role.PROMPT), dtype=torch.int8)
         tokenizer = getattr(self.processor, "qformer_tokenizer", None)
@@ -140,8 +152,8 @@ class BlipAdapter(FamilyAdapter):
         mask = inputs.get("qformer_attention_mask")
         if isinstance(mask, Tensor):
             role[mask.cpu() == 0] = Role.PAD
-        role = role.repeat_interleave(images // max(1, len(role)), 0)
         image = torch.arange(len(role))[:, None].expand(role.shape).contiguous()
+        role, image = (part.repeat_interleave(frames, 0) for part in (role, image))
         box = torch.full((*role.shape, 4), NOWHERE)
         return Grid(role, image, box, torch.full_like(image, -1))
 
@@ -157,10 +169,40 @@ class BlipAdapter(FamilyAdapter):
             )
         mask = inputs.get("decoder_attention_mask")
         role = self.text_roles(ids, mask if isinstance(mask, Tensor) else None)
-        role[role == Role.PROMPT] = Role.RESPONSE
-        sample = torch.arange(len(ids))[:, None].expand(ids.shape).contiguous()
-        box = torch.full((*ids.shape, 4), NOWHERE)
-        return {"language.decoder": TokenMap(role, sample, torch.full_like(sample, -1), box)}
+        grid = text_rows(role)
+        return {"language.decoder": TokenMap(grid.role, grid.sample, grid.image, grid.box)}
+
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """How many queries there are."""
+        return {"query tokens": (self.processor.num_query_tokens, self._config.num_query_tokens)}
+
+    @property
+    def image_processor(self) -> Any:
+        """Of a video model, the part that processes videos."""
+        return getattr(self.processor, "video_processor", None) or super().image_processor
+
+    @property
+    def image_token(self) -> str:
+        """Nothing: the processor puts an image's tokens before the text by itself."""
+        return ""
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """One image per text; for a video model it is shown four times.
+
+        Raises:
+            AdapterError: If a text has no image, or several.
+        """
+        if any(len(each) != 1 for each in images):
+            raise AdapterError(
+                f"{type(self.processor).__name__} takes one image per text; these texts have "
+                f"{[len(each) for each in images]}."
+            )
+        shown = images
+        if self.model_type == "instructblipvideo":
+            shown = [list(each) * _FRAMES for each in images]
+        return super().process(texts, shown, add_special_tokens=add_special_tokens)
 
 
 @register("aria")
@@ -172,6 +214,7 @@ class AriaAdapter(FamilyAdapter):
 
     def check_model(self) -> None:
         """Refuse vision towers whose tokens are not described here."""
+        super().check_model()
         kind = self._config.vision_config.model_type
         if kind != "idefics3_vision":
             raise AdapterError(
@@ -181,6 +224,7 @@ class AriaAdapter(FamilyAdapter):
 
     def check_processor(self) -> None:
         """Refuse a processor that cuts images into crops: inputs do not tell how many."""
+        super().check_processor()
         if getattr(self.image_processor, "split_image", False):
             raise AdapterError(
                 "The processor cuts images into crops (split_image=True), and its outputs do not "
@@ -216,7 +260,7 @@ class AriaAdapter(FamilyAdapter):
 
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """The longer side fills the square; the shorter one has at least `min_image_size`."""
-        longest, least = size[0], self.image_processor.min_image_size
+        longest, least = size[0], getattr(self.image_processor, "min_image_size", 1)
         scale = longest / max(original)
         width, height = (max(int(side * scale), least) for side in original)
         if original[0] >= original[1]:
@@ -275,6 +319,15 @@ class Idefics2Adapter(FamilyAdapter):
                 "qformer": rows((image, asked) for image, _ in pieces),
             },
         )
+
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """How many queries there are."""
+        asked = self._config.perceiver_config.resampler_n_latents
+        return {"image tokens": (self.processor.image_seq_len, asked)}
+
+    def as_processed(self, text: str) -> str:
+        """The processor puts a space between an image's markers and a word."""
+        return re.sub(rf"{re.escape(self.image_token)}(?=[^\s<])", f"{self.image_token} ", text)
 
     def _pictures(self, counts: Sequence[int]) -> int:
         """How many pictures there are of each image, given those of each sample."""
@@ -354,6 +407,34 @@ class IdeficsAdapter(_CrossAttending):
 
         return sorted(super().blocks(), key=turn)
 
+    def placeholder_ids(self) -> list[int]:
+        """Where the text says that an image belongs."""
+        found = getattr(self.processor, "image_token_id", None)
+        return [] if found is None else [int(found)]
+
+    @property
+    def image_token(self) -> str:
+        """What `process` takes apart."""
+        return "<image>"
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """The processor takes text and images in turn; given apart, it puts images last."""
+        prompts: list[list[Any]] = []
+        for text, pictures in zip(texts, images, strict=True):
+            first, *others = text.split(self.image_token)
+            turns: list[Any] = [first]
+            for picture, said in zip(pictures, others, strict=True):
+                turns += [picture, said]
+            prompts.append([turn for turn in turns if turn != ""])
+        inputs: Mapping[str, Any] = self.processor(text=prompts, padding=True, return_tensors="pt")
+        return dict(inputs)
+
+    def as_processed(self, text: str) -> str:
+        """The processor strips spaces around an image."""
+        return re.sub(rf" *{re.escape(self.image_token)} *", self.image_token, text)
+
     def is_marker(self, ids: Int[Tensor, "batch token"]) -> Bool[Tensor, "batch token"]:
         """The tokens added to LLaMA's vocabulary."""
         added: Tensor = ids >= self._config.vocab_size
@@ -417,9 +498,17 @@ class MllamaAdapter(_CrossAttending):
                 owners.append(sample)
         return Seen(sizes, None, {"vision": rows(pieces)}, owners)
 
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """The size of a tile, and how many there are."""
+        vision, images = self._config.vision_config, self.image_processor
+        return {
+            "pixels of a tile": (images.size.height, vision.image_size),
+            "tiles": (images.max_image_tiles, vision.max_num_tiles),
+        }
+
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """As large as fits the canvas, but no larger than it is, in the top left."""
-        tile = self.image_processor.size.height
+        tile = self._config.vision_config.image_size
         fits = [min(max(side, tile), canvas) for side, canvas in zip(original, size, strict=True)]
         across, down = (fit / side for fit, side in zip(fits, original, strict=True))
         if across < down:

@@ -7,7 +7,7 @@ in reading order, become one token. `image_grid_thw` tells how many patches each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,6 @@ class Frame:
 
 @register(
     "cohere_compass",
-    "cosmos3_edge",
     "cosmos3_omni",
     "dots3_note",
     "exaone4_5",
@@ -70,18 +69,26 @@ class MergeBlockAdapter(FamilyAdapter):
         """Keep what tells the patches."""
         self._vision: Any = self._config.vision_config
 
-    def check_processor(self) -> None:
-        """Refuse a processor that cuts images into other patches than the model takes."""
-        ours = {"patch_size": self._vision.patch_size}
-        if hasattr(self._vision, "spatial_merge_size"):
-            ours["merge_size"] = self._vision.spatial_merge_size
-        for name, wanted in ours.items():
-            given = getattr(self.image_processor, name, wanted)
-            if given != wanted:
-                raise AdapterError(
-                    f"The processor's {name} is {given}, the model's {wanted}. Is it the processor "
-                    "of another model?"
-                )
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """Patch size, and how many patches are merged."""
+        ours = self.image_processor
+        merge = getattr(self._vision, "spatial_merge_size", None)
+        return super().agreements() | {
+            "patch size": (getattr(ours, "patch_size", None), self._vision.patch_size),
+            "merge size": (None if merge is None else getattr(ours, "merge_size", None), merge),
+        }
+
+    @property
+    def image_text(self) -> str:
+        """The image token between the marks of an image's begin and end, if it has some."""
+        for kind in ("vision", "image"):
+            ends = [
+                getattr(self._config, f"{kind}_{end}_token_id", None) for end in ("start", "end")
+            ]
+            if None not in ends:
+                begin, end = self.processor.tokenizer.convert_ids_to_tokens(ends)
+                return f"{begin}{self.image_token}{end}"
+        return super().image_text
 
     def blocks(self) -> Iterable[Block]:
         """By stack; the last merger runs after those of earlier layers, where there are some."""
@@ -197,6 +204,20 @@ class MergeBlockAdapter(FamilyAdapter):
                 order = is_moving.long().argsort(stable=True).argsort()
         role, image, box, sample = (field[order] for field in joined)
         return Grid(role, image, box, sample)
+
+
+@register("cosmos3_edge")
+class CosmosEdgeAdapter(MergeBlockAdapter):
+    """The model needs to be told which tokens are an image's, which its processor does not do."""
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """The processor's inputs, and `mm_token_type_ids`."""
+        inputs = super().process(texts, images, add_special_tokens=add_special_tokens)
+        is_image = inputs["input_ids"] == self._config.image_token_id
+        inputs.setdefault("mm_token_type_ids", is_image.long())
+        return inputs
 
 
 @register("hyperclovax_vision_v2")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, special_block
-from neuronlens.adapters.families.cuts import (
+from neuronlens.adapters.families.tiling import (
     Areas,
     Cut,
     Originals,
@@ -143,8 +144,6 @@ class TileAdapter(FamilyAdapter):
 class _UntoldGridAdapter(TileAdapter):
     """The text tells how many tiles an image has, the original's aspect ratio their grid."""
 
-    columns: ClassVar[Callable[[int, ImageSize, int], int]] = staticmethod(nearest_grid)
-
     @abstractmethod
     def counts(self, text: Text, per_tile: int) -> list[int]:
         """How many tiles each image has, the view of the whole among them."""
@@ -156,19 +155,26 @@ class _UntoldGridAdapter(TileAdapter):
             known = number < len(sizes)
             yield Cut.of(count, self.columns(tiles, sizes[number], tile) if known else None)
 
+    def columns(self, tiles: int, before: ImageSize, tile: int) -> int:
+        """Of the grid of so many tiles that the processor takes for an image of that size."""
+        return nearest_grid(tiles, before, tile)
+
+
+def _is_behind(chosen: int | list[int], layer: int, last: int) -> bool:
+    # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
+    read = [chosen] if isinstance(chosen, int) else chosen
+    return layer >= max(k if k >= 0 else last + 2 + k for k in read)
+
 
 @register("aya_vision")
 class AyaVisionAdapter(_UntoldGridAdapter):
     """A marker before each tile."""
 
-    towers = ("siglip_vision_model",)
+    towers: ClassVar[tuple[str, ...]] = ("siglip_vision_model",)
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
-        chosen = self._config.vision_feature_layer
-        # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-        read = [chosen] if isinstance(chosen, int) else chosen
-        return stack == "vision" and layer >= max(k if k >= 0 else last + 2 + k for k in read)
+        return stack == "vision" and _is_behind(self._config.vision_feature_layer, layer, last)
 
     def merged(self, side: int) -> int:
         """Pixel shuffle."""
@@ -183,25 +189,31 @@ class AyaVisionAdapter(_UntoldGridAdapter):
 class Cohere2VisionAdapter(_UntoldGridAdapter):
     """A line break behind each tile."""
 
-    towers = ("siglip_vision_model",)
-    columns = staticmethod(least_enlarged_grid)
+    towers: ClassVar[tuple[str, ...]] = ("siglip_vision_model",)
 
     def merged(self, side: int) -> int:
         """Pixel shuffle."""
         return side // int(self._config.downsample_factor)
+
+    def columns(self, tiles: int, before: ImageSize, tile: int) -> int:
+        """Of the grid of so many tiles that the processor takes for an image of that size."""
+        return least_enlarged_grid(tiles, before, tile)
 
     def counts(self, text: Text, per_tile: int) -> list[int]:
         """How many tiles each image has, the view of the whole among them."""
         return [len(group) for group in text.until(text.image_ends(skip=1))]
 
 
-@register("internvl", "qianfan_ocr")
+@register("internvl")
 class InternVLAdapter(_UntoldGridAdapter):
     """All tiles of an image, or a frame of a video, follow each other without a marker."""
 
-    towers = ("internvl_vision", "qianfan_ocr_vision")
+    towers: ClassVar[tuple[str, ...]] = ("internvl_vision",)
     class_tokens = (1, 0)
-    is_inert = AyaVisionAdapter.is_inert
+
+    def is_inert(self, stack: str, layer: int, last: int) -> bool:
+        """Tower layers behind the last one whose output is read."""
+        return stack == "vision" and _is_behind(self._config.vision_feature_layer, layer, last)
 
     def merged(self, side: int) -> int:
         """Pixel shuffle."""
@@ -212,16 +224,38 @@ class InternVLAdapter(_UntoldGridAdapter):
         return [(end - start) // per_tile for start, end in text.runs]
 
 
-@register("got_ocr2", "pp_chart2table")
-class GotOcr2Adapter(_UntoldGridAdapter):
-    """SAM and two convolutions of stride 2; by default one view of the whole, squared."""
+@register("qianfan_ocr")
+class QianfanOCRAdapter(InternVLAdapter):
+    """InternVL with a Qwen 3; another token is written for an image than fills its place."""
 
-    towers = ("got_ocr2_vision", "pp_chart2table_vision")
-    counts = InternVLAdapter.counts
+    towers: ClassVar[tuple[str, ...]] = ("qianfan_ocr_vision",)
+
+    @property
+    def image_token(self) -> str:
+        """What stands for one image in a text that is given to the processor."""
+        return str(self.processor.image_placeholder_token)
+
+
+@register("pp_chart2table")
+class PPChart2TableAdapter(_UntoldGridAdapter):
+    """SAM and two convolutions of stride 2; one view of the whole, squared."""
+
+    towers: ClassVar[tuple[str, ...]] = ("pp_chart2table_vision",)
 
     def merged(self, side: int) -> int:
         """Two convolutions of stride 2."""
         return -(-side // 4)
+
+    def counts(self, text: Text, per_tile: int) -> list[int]:
+        """How many tiles each image has, the view of the whole among them."""
+        return [(end - start) // per_tile for start, end in text.runs]
+
+
+@register("got_ocr2")
+class GotOcr2Adapter(PPChart2TableAdapter):
+    """As PP-Chart2Table; tiles, or pages, if its processor is asked for them."""
+
+    towers: ClassVar[tuple[str, ...]] = ("got_ocr2_vision",)
 
     def cuts(self, text: Text, per_tile: int, tile: int, sizes: list[ImageSize]) -> Iterable[Cut]:
         """Tiles of an image, or its pages if the originals are as many as there are tiles."""
@@ -229,6 +263,26 @@ class GotOcr2Adapter(_UntoldGridAdapter):
         if len(sizes) == total:
             return [Cut(1, 1)] * total
         return super().cuts(text, per_tile, tile, sizes)
+
+    @property
+    def image_text(self) -> str:
+        """The image token between its markers, as the processor's own prompt has it."""
+        return f"<img>{self.image_token}</img>\n"
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """One image per text: several would be pages of one document, at one image token."""
+        if any(len(row) != 1 for row in images):
+            raise AdapterError("GOT-OCR 2 takes one image per sample. Make each a sample.")
+        inputs: Mapping[str, Any] = self.processor(
+            images=[row[0] for row in images],
+            text=list(texts),
+            add_special_tokens=add_special_tokens,
+            padding=True,
+            return_tensors="pt",
+        )
+        return dict(inputs)
 
 
 @register("idefics3", "smolvlm")
@@ -238,7 +292,7 @@ class Idefics3Adapter(TileAdapter):
     A frame of a video is an image of one tile.
     """
 
-    towers = ("idefics3_vision", "smolvlm_vision")
+    towers: ClassVar[tuple[str, ...]] = ("idefics3_vision", "smolvlm_vision")
 
     def merged(self, side: int) -> int:
         """Pixel shuffle."""
@@ -259,18 +313,20 @@ class Idefics3Adapter(TileAdapter):
 
     def ends(self, text: Text) -> list[bool]:
         """Which runs are the last of their image: <fake> follows, and no tile behind it."""
-        starts = [start for start, _ in text.runs[1:]]
-        return [
-            start is None or (text.at(end) == text.at(text.runs[0][0] - 2) and start - end != 2)
-            for (_, end), start in zip(text.runs, [*starts, None], strict=bool(text.runs))
+        if not text.runs:
+            return []
+        fake = text.at(text.runs[0][0] - 2)
+        inside = [
+            text.at(run[1]) != fake or after[0] - run[1] == 2 for run, after in pairwise(text.runs)
         ]
+        return [*(not each for each in inside), True]
 
 
 @register("granite_docling")
 class GraniteDoclingAdapter(Idefics3Adapter):
     """As Idefics 3; a single tile has no view of the whole, and no marker behind it."""
 
-    towers = ("granite_docling_vision",)
+    towers: ClassVar[tuple[str, ...]] = ("granite_docling_vision",)
     not_run = r"density_router"
 
     def merged(self, side: int) -> int:
@@ -298,7 +354,7 @@ class GraniteDoclingAdapter(Idefics3Adapter):
 class Llama4Adapter(TileAdapter):
     """The tiles' canvas is filled up at the right and bottom; the view of the whole is not."""
 
-    towers = ("llama4_vision_model",)
+    towers: ClassVar[tuple[str, ...]] = ("llama4_vision_model",)
     class_tokens = (0, 1)
 
     def merged(self, side: int) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from neuronlens.adapters.base import register
-from neuronlens.adapters.families.cuts import (
+from neuronlens.adapters.families.tiling import (
     Area,
     Areas,
     Cut,
@@ -264,8 +264,8 @@ class DeepseekOcr2Adapter(_OcrAdapter):
         """The grid follows from the original's aspect ratio."""
         tile = inputs.get("pixel_values_local", inputs["pixel_values"]).shape[-1]
         for count, before in zip(counts, sizes, strict=True):
-            is_told = count > 0 and before is not None
-            yield Cut(count, nearest_grid(count, before, tile) if is_told else None, view=True)
+            columns = nearest_grid(count, before, tile) if count and before else None
+            yield Cut(count, columns, view=True)
 
     def language(self, cut: Cut, size: ImageSize, areas: Areas, sides: tuple[int, int]) -> Piece:
         """The queries of each tile and of the view, and a separator."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class Ovis2Adapter(GridAdapter):
     grid of tiles is told by the markers among the image's tokens.
     """
 
-    towers = {"ovis2_vision": 0}
+    towers: ClassVar[Mapping[str, int]] = {"ovis2_vision": 0}
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Thumbnail and tiles."""
@@ -76,8 +76,9 @@ class Ovis2Adapter(GridAdapter):
                     kept += [(number, piece) for piece in tile_boxes(down, across, side, each)]
         if len(tower) != len(self.pixels(inputs)):
             raise AdapterError(
-                f"The texts tell of {len(tower)} tiles, but there are {len(inputs['pixel_values'])} "
-                "in pixel_values. Was the text expanded by the model's own processor?"
+                f"The texts tell of {len(tower)} tiles, but there are "
+                f"{len(inputs['pixel_values'])} in pixel_values. Was the text expanded by the "
+                "model's own processor?"
             )
         return Seen(sizes, flat(language), {"vision": rows(tower)})
 
@@ -118,7 +119,8 @@ class PerceptionLMAdapter(FamilyAdapter):
         passed: list[tuple[int, Piece]] = []
         shown: dict[str, list[tuple[int, Piece]]] = {"image": [], "video": []}
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            for tiles in inputs.get(name) if inputs.get(name) is not None else ():
+            given = inputs.get(name)
+            for tiles in () if given is None else given:
                 side = int(tiles.shape[-1])
                 if kind == "video":
                     grids = [(1, 1)] * len(tiles)

@@ -1,0 +1,196 @@
+"""Models nobody registered: what is established about them, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import neuronlens as nl
+import strangers
+from neuronlens.adapters.structural import StructuralAdapter
+from neuronlens.errors import AdapterError
+
+
+def images(count: int = 2, height: int = 8, width: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def chat() -> nl.ModelAdapter:
+    return nl.adapt(strangers.intern_chat())
+
+
+@pytest.fixture
+def qwen() -> nl.ModelAdapter:
+    return nl.adapt(strangers.first_qwen())
+
+
+def test_blocks_are_found_by_structure_under_any_name(chat, qwen):
+    assert {name: (site.path, site.width) for name, site in chat.sites.items()} == {
+        "vision.0": ("vision_model.inner.layers.0.mlp.act", 20),
+        "vision.1": ("vision_model.inner.layers.1.mlp.act", 20),
+        "projector.0": ("mlp1.2", 28),
+        "language.0": ("language_model.layers.0.feed_forward.act_fn", 24),
+        "language.1": ("language_model.layers.1.feed_forward.act_fn", 24),
+    }
+    assert {name: site.width for name, site in qwen.sites.items()} == {
+        "language.0": 24,
+        "language.1": 24,
+        "vision.0": 20,
+        "vision.1": 20,
+    }
+
+
+def test_it_is_the_same_on_the_meta_device(chat):
+    with torch.device("meta"):
+        model = strangers.InternChat(strangers.InternChatConfig())
+    assert nl.adapt(model).sites == chat.sites
+    with torch.device("meta"):
+        other = strangers.FirstQwen(strangers.FirstQwenConfig())
+    assert len(nl.adapt(other).sites) == 4
+
+
+def test_a_functional_activation_is_recorded_as_it_is(qwen):
+    given = strangers.inputs(images(), 3)
+    seen = {}
+    block = qwen.model.transformer.h[1].mlp
+    handle = block.register_forward_pre_hook(lambda m, args: seen.setdefault("x", args[0]))
+    with torch.no_grad(), nl.ActivationRecorder(qwen, None) as recorder:
+        qwen.model(**given)
+    handle.remove()
+    act = F.silu(F.linear(seen["x"], block.w2.weight))
+    torch.testing.assert_close(recorder.activations["language.1"], act)
+    assert any("silu(w2) * w1" in line for line in qwen.established)
+
+
+def test_deactivating_is_zeroing_the_column_of_the_down_projection(chat, qwen):
+    for vlm, site, down in [
+        (chat, "language.0", chat.model.language_model.layers[0].feed_forward.w2),
+        (qwen, "language.0", qwen.model.transformer.h[0].mlp.c_proj),
+        (chat, "projector.0", chat.model.mlp1[3]),
+    ]:
+        given = strangers.inputs(images(), 8 if vlm is chat else 3)
+        given = given if vlm is qwen else strangers.inputs(images(), 2)
+        with torch.no_grad():
+            plain = vlm.model(**given).logits
+            with nl.deactivate(vlm, nl.NeuronId(site, 4)):
+                without = vlm.model(**given).logits
+            again = vlm.model(**given).logits
+            down.weight[:, 4] = 0
+            edited = vlm.model(**given).logits
+        torch.testing.assert_close(without, edited)
+        assert not torch.allclose(without, plain)
+        assert torch.equal(again, plain)
+
+
+def test_visual_tokens_and_their_boxes_are_established_by_changing_pixels(chat):
+    given = strangers.inputs(images(), 2)
+    maps = chat.tokens(given)
+    language = maps["language"]
+    assert torch.equal(language.role == nl.Role.VISUAL, given["input_ids"] == strangers.IMAGE)
+    assert torch.equal(language.role == nl.Role.PAD, given["attention_mask"] == 0)
+    assert language.box[0][language.role[0] == nl.Role.VISUAL].tolist() == [
+        [0, 0, 8, 8],
+        [8, 0, 16, 8],
+    ]
+    assert language.sample[1].tolist() == [1] * language.role.shape[1]
+    vision = maps["vision"]
+    assert vision.role.tolist() == [[nl.Role.SPECIAL] + [nl.Role.VISUAL] * 8] * 2
+    assert vision.box[0, 2].tolist() == [4, 0, 8, 4]
+    assert vision.box[0, 5].tolist() == [0, 4, 4, 8]
+    assert maps["projector"].box[1].tolist() == [[0, 0, 8, 8], [8, 0, 16, 8]]
+    assert any("2 of" not in line and "boxes: 4 of 4" in line for line in chat.established)
+
+
+def test_learned_queries_see_no_single_region(qwen):
+    given = strangers.inputs(images(), 3)
+    language = qwen.tokens(given)["language"]
+    visual = language.role == nl.Role.VISUAL
+    assert torch.equal(visual, given["input_ids"] == strangers.IMAGE)
+    assert language.box[visual].isnan().all()
+    assert any("boxes: 0 of 6" in line for line in qwen.established)
+
+
+def test_a_recorded_forward_fits_its_maps(chat):
+    given = strangers.inputs(images(), 2)
+    with torch.no_grad(), nl.ActivationRecorder(chat, None) as recorder:
+        chat.model(**given)
+    for name, out in recorder.activations.items():
+        assert out.shape[:-1] == recorder.tokens[chat.sites[name].stream].role.shape
+
+
+def test_what_runs_only_on_images_needs_no_image_for_the_text(chat):
+    given = strangers.inputs(images(), 2)
+    text = {"input_ids": given["input_ids"][:, -3:]}
+    role = chat.tokens(text)["language"].role
+    assert role.tolist() == [[nl.Role.PROMPT] * 3] * 2
+
+
+class Cubed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Linear(16, 24, bias=False),
+            nn.Linear(16, 24, bias=False),
+            nn.Linear(24, 16, bias=False),
+        )
+
+    def forward(self, x):
+        return self.c(self.a(x) ** 3 * self.b(x))
+
+
+def test_a_function_that_is_not_known_is_an_error_that_says_what_to_write():
+    model = strangers.first_qwen()
+    model.transformer.h[1].mlp = Cubed()
+    with pytest.raises(AdapterError, match=r"Cubed looks like a feed-forward.*special_block"):
+        nl.adapt(model)
+
+
+def test_a_model_without_feed_forward_blocks_is_refused():
+    model = strangers.first_qwen()
+    for block in model.transformer.h:
+        block.mlp = nn.Identity()
+    for block in model.transformer.visual.transformer.resblocks:
+        block.mlp = nn.Identity()
+    with pytest.raises(AdapterError, match="no feed-forward block"):
+        nl.adapt(model)
+
+
+def test_image_tokens_that_the_model_inserts_by_itself_are_refused():
+    model = strangers.intern_chat()
+
+    class Inserting(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.attention, self.feed_forward = layer.attention, layer.feed_forward
+            self.layer = [layer]
+
+        def forward(self, x, mask=None):
+            return self.layer[0](x, mask)
+
+    original = model.forward
+
+    def longer(input_ids, pixel_values=None, attention_mask=None, use_cache=False):
+        more = torch.cat([input_ids, input_ids[:, :1]], 1)
+        return original(more, pixel_values)
+
+    model.forward = longer
+    vlm = nl.adapt(model)
+    with pytest.raises(AdapterError, match="puts image tokens between"):
+        vlm.tokens(strangers.inputs(images(), 2))
+
+
+def test_tokens_on_the_meta_device_are_refused():
+    with torch.device("meta"):
+        model = strangers.InternChat(strangers.InternChatConfig())
+    with pytest.raises(AdapterError, match="meta device"):
+        nl.adapt(model).tokens(strangers.inputs(images(), 2))
+
+
+def test_it_is_the_structural_adapter(chat):
+    assert isinstance(chat, StructuralAdapter)
+    assert chat.established[0].startswith("language: the blocks in 'language_model.layers'") or any(
+        line.startswith("language: ") for line in chat.established
+    )
