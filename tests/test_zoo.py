@@ -285,6 +285,16 @@ def _check_boxes(
         }
 
     plain = look(images)
+    everything = look([[1 - image for image in row] for row in images])
+    for stream in plain:
+        role = maps[stream].role.flatten()
+        moved = (everything[stream] != plain[stream]).any(-1).cpu()
+        has_box = ~maps[stream].box.reshape(-1, 4).isnan().any(-1)
+        assert moved[(role == nl.Role.VISUAL) & has_box].all(), (entry.name, stream)
+        assert not moved[role == nl.Role.SPECIAL].any(), (entry.name, stream)
+        if stream != "language":
+            assert not moved[role == nl.Role.PAD].any(), (entry.name, stream)
+    counted = dict.fromkeys(plain, 0)
     for left, top, right, bottom in _regions(entry):
         changed = [[image.clone() for image in row] for row in images]
         places = []
@@ -307,6 +317,7 @@ def _check_boxes(
                 & (box[:, 1] < region[:, 3] - 1e-3)
                 & (box[:, 3] > region[:, 1] + 1e-3)
             )
+            counted[stream] += int(touches[seen].any() and not touches[seen].all())
             if entry.overlap:
                 # Convolutions see a little more than the cell: nothing that is told may be unseen.
                 assert moved[seen & touches].all(), (entry.name, stream)
@@ -317,6 +328,30 @@ def _check_boxes(
                 moved[seen].int(),
                 touches[seen].int(),
             )
+    assert all(counted.values()), counted
+
+
+def _check_down_input(entry: Entry, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """The other kind of neuron: what the down projections are really given."""
+    adapter = nl.adapt(model, neuron="down_input")
+    seen: dict[str, list[Any]] = {}
+    dense = [e for e in entry.sites if isinstance(e, Dense) and e.down is not None]
+    with (
+        torch.no_grad(),
+        _watching(model, seen, {e.down for e in dense}),
+        nl.ActivationRecorder(adapter, None) as recorder,
+    ):
+        model(**inputs)
+    got = [
+        out.reshape(-1, out.shape[-1])
+        for out in recorder.activations.values()
+        if isinstance(out, Tensor)
+    ]
+    for expected in dense:
+        given = [call[0][0] for call in seen[expected.down]]
+        given = [x if x.shape[-1] == expected.width else x.movedim(1, -1) for x in given]
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in given])
+        assert any(_same(rows, out) for out in got), (entry.name, expected.down)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -348,3 +383,4 @@ def test_architecture(name: str) -> None:
     if entry.spatial == "region":
         _check_boxes(entry, adapter, images, maps, matched)
     _check_deactivation(adapter, matched, inputs, recorder.activations)
+    _check_down_input(entry, model, inputs)

@@ -451,7 +451,9 @@ class ActivationRecorder:
         expected = new + self._skip + (run.prefix if name not in run.kept or self._skip else 0)
         if _length(out) != expected:
             raise CaptureError(
-                f"Site {name} gave {_length(out)} tokens where {expected} were expected."
+                f"Site {name} gave {_length(out)} tokens where {expected} were expected. Some models "
+                "leave prompt tokens out of their last layers while generating: ask generate() "
+                "for output_hidden_states=True, return_dict_in_generate=True."
             )
         skip = self._skip + (run.prefix if self._skip else 0)
         run.kept.setdefault(name, []).append(_copied(_from_token(out, skip), self._device))

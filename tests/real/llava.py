@@ -1,5 +1,232 @@
-"""None yet."""
+"""LLaVA's and its like's processors, and the Gemma family's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import transformers as hf
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from real import Real
+from zoo import llava
 
-REAL: tuple[Real, ...] = ()
+ZOO = {entry.name: entry for entry in llava.ENTRIES}
+BASE = {"<pad>": llava.PAD, "<s>": llava.BOS, "</s>": llava.EOS}
+WORDS = ["what", "is", "this", "a", "small", "photo"]
+LLAVA = {"<image>": llava.IMAGE, "<video>": llava.VIDEO}
+SQUARE = {"height": llava.SIDE, "width": llava.SIDE}
+
+
+def tokenizer(special: Mapping[str, int], add_bos: bool = True, **named: str) -> Any:
+    """Words with spaces between them, and special tokens with the ids the tiny model has."""
+    fixed = BASE | dict(special)
+    ids = fixed | {word: 40 + n for n, word in enumerate(WORDS)} | {"<unk>": 39}
+    ids |= {f"<{n}>": n for n in range(max(ids.values())) if n not in ids.values()}
+    made = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in fixed])
+    if add_bos:
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", llava.BOS)]
+        )
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens=named,
+    )
+
+
+def clip(side: int = llava.SIDE) -> Any:
+    return hf.CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+
+
+def llava_1_5() -> Any:
+    return hf.LlavaProcessor(
+        image_processor=clip(),
+        tokenizer=tokenizer(LLAVA),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def video_llava() -> Any:
+    return hf.VideoLlavaProcessor(
+        image_processor=hf.VideoLlavaImageProcessor(
+            size={"shortest_edge": llava.SIDE}, crop_size=SQUARE
+        ),
+        video_processor=hf.VideoLlavaVideoProcessor(),
+        tokenizer=tokenizer(LLAVA),
+        patch_size=4,
+    )
+
+
+def anyres(cls: str, **settings: Any) -> Any:
+    """A processor of tiles of 16 x 16 pixels."""
+    return getattr(hf, cls)(
+        image_processor=hf.LlavaNextImageProcessor(
+            size={"shortest_edge": llava.SIDE},
+            crop_size=SQUARE,
+            image_grid_pinpoints=llava.PINPOINTS,
+        ),
+        tokenizer=tokenizer(LLAVA),
+        **settings,
+    )
+
+
+def llava_next() -> Any:
+    return anyres(
+        "LlavaNextProcessor",
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def llava_next_video() -> Any:
+    return anyres(
+        "LlavaNextVideoProcessor",
+        video_processor=hf.LlavaNextVideoVideoProcessor(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def granite4_vision() -> Any:
+    return anyres(
+        "Granite4VisionProcessor",
+        patch_size=2,
+        vision_feature_select_strategy="full",
+        downsample_rate="2/4",
+    )
+
+
+def llava_onevision(most: int) -> Callable[[], Any]:
+    return lambda: hf.LlavaOnevisionProcessor(
+        image_processor=hf.LlavaOnevisionImageProcessor(
+            size=SQUARE, image_grid_pinpoints=llava.PINPOINTS
+        ),
+        video_processor=hf.LlavaOnevisionVideoProcessor(),
+        tokenizer=tokenizer(LLAVA, add_bos=False),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=f"anyres_max_{most}",
+    )
+
+
+def deepseek_vl() -> Any:
+    return hf.DeepseekVLProcessor(
+        image_processor=hf.DeepseekVLImageProcessor(size=SQUARE, min_size=4),
+        tokenizer=tokenizer(LLAVA, image_token="<image>"),
+        num_image_tokens=16,
+    )
+
+
+def deepseek_vl_hybrid() -> Any:
+    return hf.DeepseekVLHybridProcessor(
+        image_processor=hf.DeepseekVLHybridImageProcessor(
+            size={"height": 24, "width": 24},
+            high_res_size={"height": 64, "width": 64},
+            min_size=4,
+        ),
+        tokenizer=tokenizer(LLAVA, image_token="<image>"),
+        num_image_tokens=36,
+    )
+
+
+def janus() -> Any:
+    marks = {"<image>": llava.IMAGE, "<boi>": llava.BEGIN, "<eoi>": llava.END}
+    return hf.JanusProcessor(
+        image_processor=hf.JanusImageProcessor(size=SQUARE, min_size=4),
+        tokenizer=tokenizer(marks, image_token="<image>", boi_token="<boi>", eoi_token="<eoi>"),
+        num_image_tokens=16,
+    )
+
+
+def ovis2() -> Any:
+    marks = {
+        "<IMG_ATOM>": llava.IMAGE,
+        "<image>": llava.END,
+        "<IMG_START>": llava.START,
+        "<IMG_GRID>": llava.GRID,
+        "<IMG_COL>": llava.COLUMN,
+        "<IMG_ROW>": llava.ROW,
+        "<IMG_END>": llava.STOP,
+    }
+    return hf.Ovis2Processor(
+        image_processor=hf.Ovis2ImageProcessor(size=SQUARE, crop_to_patches=True, max_patches=6),
+        tokenizer=tokenizer(marks, add_bos=False),
+        image_seq_length=16,
+    )
+
+
+def perception_lm() -> Any:
+    return hf.PerceptionLMProcessor(
+        video_processor=hf.PerceptionLMVideoProcessor(),
+        image_processor=hf.PerceptionLMImageProcessor(tile_size=llava.SIDE, max_num_tiles=6),
+        tokenizer=tokenizer(LLAVA, image_token="<image>", video_token="<video>"),
+        patch_size=4,
+        pooling_ratio=2,
+    )
+
+
+def paligemma() -> Any:
+    image_processor = hf.SiglipImageProcessor(size=SQUARE)
+    image_processor.image_seq_length = 16
+    marks = {"<image>": llava.IMAGE, "\n": llava.BREAK}
+    words = tokenizer(marks, add_bos=False, image_token="<image>")
+    # The processor adds words for places in the image; the tiny model has no room for them.
+    words.add_tokens = lambda *_: 0
+    return hf.PaliGemmaProcessor(image_processor=image_processor, tokenizer=words)
+
+
+def gemma3() -> Any:
+    marks = {
+        "<image_soft_token>": llava.IMAGE,
+        "<start_of_image>": llava.BEGIN,
+        "<end_of_image>": llava.END,
+        "\n\n": llava.BREAK,
+    }
+    return hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer(
+            marks,
+            image_token="<image_soft_token>",
+            boi_token="<start_of_image>",
+            eoi_token="<end_of_image>",
+        ),
+        image_seq_length=16,
+    )
+
+
+def real(name: str, processor: Callable[[], Any], **settings: Any) -> Real:
+    entry = ZOO[name]
+    settings = {"margin": 6.0, "mixers": entry.mixers, "first": entry.first} | settings
+    return Real(name=name, build=lambda: (entry.model(), processor()), **settings)
+
+
+REAL = (
+    real("llava", llava_1_5),
+    real("vipllava", llava_1_5),
+    real("video_llava", video_llava),
+    real("llava_next", llava_next),
+    real("llava_next_video", llava_next_video),
+    real("llava_onevision", llava_onevision(9)),
+    real("llava_onevision+shrunk", llava_onevision(1)),
+    real("granite4_vision", granite4_vision),
+    real("deepseek_vl", deepseek_vl),
+    real("deepseek_vl_hybrid", deepseek_vl_hybrid),
+    real("janus", janus),
+    real("ovis2", ovis2),
+    real("perception_lm", perception_lm),
+    real("paligemma", paligemma),
+    real("gemma3", gemma3),
+)

@@ -133,6 +133,10 @@ def bigger_git(config: Any) -> None:
     config.vision_config.image_size, config.vision_config.patch_size = 32, 8
 
 
+def longer(config: Any) -> None:
+    config.text_config.max_position_embeddings = 128
+
+
 def build(
     name: str, processor: Callable[[], Any], change: Callable[[Any], None] | None = None
 ) -> tuple[Any, Any]:
@@ -169,7 +173,7 @@ REAL = (
     one("blip", blip),
     one("git", git, bigger_git),
     # Strided convolutions with odd kernels see as much before a cell as in it.
-    one("florence2", florence, margin=9.5),
+    one("florence2", florence, longer, margin=9.5),
     one("t5gemma2", gemma, several=True),
     one("pix2struct", pix2struct),
     one("pp_formulanet", formula),

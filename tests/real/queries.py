@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 from real import Real
-from zoo.queries import ENTRIES
+from zoo.queries import ENTRIES, KOSMOS25_PATCHES
 
 ZOO = {entry.name: entry for entry in ENTRIES}
 WORDS = ("what", "is", "this", "a", "small", "photo", "User:", "Assistant:", "user", "assistant")
@@ -44,7 +45,7 @@ def small(cls: type, width: int, height: int, **more: Any) -> Any:
 def blip(name: str) -> tuple[Any, Any]:
     model = ZOO[name].model()
     kind = model.config.text_config.model_type
-    image = {"<image>": 150}
+    image = {"<video>" if name == "instructblipvideo" else "<image>": 150}
     words = {
         "opt": partial(
             tokenizer,
@@ -159,11 +160,91 @@ def mllama() -> tuple[Any, Any]:
     return ZOO["mllama"].model(), processor
 
 
+# --- The others --------------------------------------------------------------------------------
+
+
+def idefics() -> tuple[Any, Any]:
+    special = {
+        "<s>": 1,
+        "</s>": 2,
+        "<pad>": 0,
+        "<fake_token_around_image>": 160,
+        "<image>": 161,
+    }
+    words = tokenizer(
+        162, special, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    pictures = tf.IdeficsImageProcessor(image_size=12)
+    return ZOO["idefics"].model(), tf.IdeficsProcessor(pictures, words, image_size=12)
+
+
+def aria() -> tuple[Any, Any]:
+    """Its image processor knows two sizes only: the smaller one, and few large patches."""
+    entry = ZOO["aria"]
+    config = entry.config()
+    config.vision_config.image_size, config.vision_config.patch_size = 490, 70
+    config.projector_patch_to_query_dict = {49: 6}
+    special = {"<s>": 1, "</s>": 2, "<|img|>": 9}
+    words = tokenizer(
+        160,
+        special,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<|img|>"},
+    )
+    pictures = tf.AriaImageProcessor(max_image_size=490)
+    processor = tf.AriaProcessor(pictures, words, size_conversion={490: 6})
+    processor.images_kwargs = {"max_image_size": 490, "split_image": False}
+    return replace(entry, config=lambda: config).model(), processor
+
+
+def kosmos2() -> tuple[Any, Any]:
+    special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<image>": 150, "</image>": 151}
+    tags = "doc chunk line phrase /phrase object /object /delimiter_of_multi_objects/ grounding"
+    for number, tag in enumerate(tags.split()):
+        special[f"</{tag}>" if number < 3 else f"<{tag}>"] = 9 + number
+    words = tokenizer(
+        160, special, "<s> $A </s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    pictures = tf.CLIPImageProcessor(
+        size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}
+    )
+    processor = tf.Kosmos2Processor(pictures, words, num_patch_index_tokens=0)
+    processor.num_image_tokens = 5
+    return ZOO["kosmos-2"].model(), processor
+
+
+def kosmos25() -> tuple[Any, Any]:
+    special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<image>": 150, "</image>": 151}
+    words = tokenizer(
+        160,
+        special,
+        "$A",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={
+            "boi_token": "<image>",
+            "eoi_token": "</image>",
+            "image_token": "<s>",
+        },
+    )
+    pictures = tf.Kosmos2_5ImageProcessor(
+        patch_size={"height": 4, "width": 4}, max_patches=KOSMOS25_PATCHES
+    )
+    processor = tf.Kosmos2_5Processor(pictures, words, num_image_tokens=5)
+    processor.images_kwargs = {"max_patches": KOSMOS25_PATCHES, "return_tensors": "pt"}
+    return ZOO["kosmos-2.5"].model(), processor
+
+
 REAL: tuple[Real, ...] = (
     blip_real("blip-2"),
     blip_real("blip-2+t5"),
     blip_real("instructblip"),
     blip_real("instructblip+t5"),
+    blip_real("instructblipvideo"),
     Real(
         "idefics2",
         partial(idefics2, True),
@@ -174,4 +255,8 @@ REAL: tuple[Real, ...] = (
     Real("idefics2 whole", partial(idefics2, False), ZOO["idefics2"].first, spatial="queries"),
     Real("mllama", mllama, ZOO["mllama"].first, template=True, spatial="none"),
     Real("mllama plain", mllama, ZOO["mllama"].first, spatial="none"),
+    Real("idefics", idefics, ZOO["idefics"].first, spatial="none"),
+    Real("aria", aria, ZOO["aria"].first, spatial="queries"),
+    Real("kosmos-2", kosmos2, ZOO["kosmos-2"].first, several=False, spatial="queries"),
+    Real("kosmos-2.5", kosmos25, ZOO["kosmos-2.5"].first, several=False, spatial="queries"),
 )

@@ -194,7 +194,7 @@ def step(words: Any) -> Any:
 
 def unlimited(words: Any) -> Any:
     images = of("unlimited_ocr", "UnlimitedOcrImageProcessor")(
-        size={"height": 128, "width": 128}, tile_size=64
+        size={"height": 128, "width": 128}, tile_size=64, max_patches=8
     )
     return of("unlimited_ocr", "UnlimitedOcrProcessor")(images, words, patch_size=4)
 

@@ -44,6 +44,7 @@ class ModelAdapter(ABC):
         growing: Streams that generation adds tokens to.
         answer_stream: The stream that reads a sample's response: the decoder's of an
             encoder-decoder model.
+        before_response: What is written between prompt and response where no chat template is.
         prefixes_images: Whether image tokens are put before the text by the model, so that
             the language stream is longer than the text.
     """
@@ -52,6 +53,7 @@ class ModelAdapter(ABC):
     text_input: str = "input_ids"
     growing: tuple[str, ...] = ("language",)
     answer_stream: str = "language"
+    before_response: str = " "
     prefixes_images: bool = False
 
     def __init__(
@@ -251,7 +253,8 @@ class ModelAdapter(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type the model computes in."""
-        return next(self.model.parameters()).dtype
+        kinds = (parameter.dtype for parameter in self.model.parameters())
+        return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
     @property
     def model_type(self) -> str:

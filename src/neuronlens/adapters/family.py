@@ -10,6 +10,7 @@ import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, cast
 
 import torch
@@ -129,7 +130,9 @@ class FamilyAdapter(ModelAdapter):
         ]
         if theirs is not None and ours and theirs not in ours:
             said.insert(0, f"image token id {theirs!r} (the model's is {ours[0]!r})")
-        embeddings: Any = cast(Any, self.model).get_input_embeddings()
+        embeddings: Any = None
+        with suppress(NotImplementedError):
+            embeddings = cast(Any, self.model).get_input_embeddings()
         words = getattr(embeddings, "num_embeddings", None)
         if words is not None:
             words += getattr(embeddings, "num_additional_embeddings", 0)

@@ -150,7 +150,7 @@ def _rendered(adapter: ModelAdapter, images: int, prompt: str, answer: str, temp
     processor = adapter.processor
     if not template:
         text = adapter.image_text * images + prompt
-        return f"{text} {answer}" if answer else text
+        return f"{text}{adapter.before_response}{answer}" if answer else text
     if not getattr(processor, "chat_template", None):
         raise AdapterError(
             f"{type(processor).__name__} has no chat template. Set processor.chat_template, or "
@@ -236,6 +236,12 @@ def collate(adapter: ModelAdapter, prepared: Sequence[Prepared]) -> Batch:
         [list(each.images) for each in prepared],
         add_special_tokens=_adds_special(adapter, prepared[0].text),
     )
+    inputs = {
+        name: value.to(adapter.dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
     if adapter.answer_stream != "language":
         inputs = adapter.with_answers(inputs, [each.answer for each in prepared])
     ids = inputs[adapter.text_input]

@@ -65,9 +65,7 @@ class CrossAttentionAdapter(FamilyAdapter):
         """The processor's images; the texts go to the decoder, behind its start token."""
         shown = self.image_processor(images=one_each(images, self.model), return_tensors="pt")
         tokenizer, pad_id = self.processor.tokenizer, self.processor.tokenizer.pad_token_id
-        config = self._config.get_text_config(decoder=True)
-        start = self._config.decoder_start_token_id or config.decoder_start_token_id
-        start = config.bos_token_id if start is None else start
+        start = self._start_id()
         ids = [
             torch.tensor([start, *tokenizer(text, add_special_tokens=add_special_tokens).input_ids])
             for text in texts
@@ -79,6 +77,19 @@ class CrossAttentionAdapter(FamilyAdapter):
             "decoder_input_ids": rows(ids, batch_first=True, padding_value=pad_id or 0),
             "decoder_attention_mask": rows(mask, batch_first=True),
         }
+
+    def _start_id(self) -> int:
+        """The id that the decoder starts every text with."""
+        config = self._config.get_text_config(decoder=True)
+        holders = (getattr(self.model, "generation_config", None), self._config, config)
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            for holder in holders:
+                if getattr(holder, name, None) is not None:
+                    return int(getattr(holder, name))
+        raise AdapterError(
+            "The config has no decoder_start_token_id, so the decoder's text cannot begin. Set "
+            "model.generation_config.decoder_start_token_id."
+        )
 
 
 @register("blip")
@@ -183,6 +194,15 @@ class PPFormulaNetAdapter(CrossAttentionAdapter):
     """
 
     parts = (("vision", r"^model\.encoder\."),)
+
+    def check_processor(self) -> None:
+        """Compare the words of processor and model, which does not tell its embeddings itself."""
+        words, known = len(self.processor.tokenizer), int(self._config.text_config.vocab_size)
+        if words > known:
+            raise AdapterError(
+                f"{type(self.processor).__name__} belongs to another model: {words} tokens (the "
+                f"model embeds {known}). Load the processor of {self.name!r}."
+            )
 
     def blocks(self) -> Iterable[Block]:
         """The tower runs first, though the decoder is listed before it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,25 +27,82 @@ from neuronlens.errors import AdapterError
 from neuronlens.tokens import Role
 
 
-@register("paligemma", "gemma3", "shieldgemma2")
-class GemmaAdapter(GridAdapter):
+@register("gemma3", "shieldgemma2")
+class Gemma3Adapter(GridAdapter):
     """Streams: `vision` [image, patch], `language`. The projector has no neurons.
 
-    Crops that pan and scan adds to an image count as further images.
+    A token is the mean of a square of patches. Crops that pan and scan adds to an image
+    are not described.
     """
 
+    @property
+    def placeholder_of_processor(self) -> int | None:
+        """The tokenizer's: what the processor calls its image token begins an image."""
+        return getattr(self.processor.tokenizer, "image_token_id", None)
+
     def image_tokens(self, size: ImageSize) -> Piece:
-        """One token per patch (PaliGemma), or the means of square blocks of patches."""
-        count = getattr(self._config, "mm_tokens_per_image", None)
-        if count is None:
-            return super().image_tokens(size)
-        side = int(count**0.5)
+        """The means of squares of patches."""
+        side = int(self._config.mm_tokens_per_image**0.5)
         return cells(raster(side, side, size))
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """One grid per image, in reading order."""
-        seen = super().look(inputs)
-        return Seen(seen.sizes, seen.language, {"vision": seen.streams["vision"]})
+        return _without_projector(super().look(inputs))
+
+
+def _without_projector(seen: Seen) -> Seen:
+    return Seen(seen.sizes, seen.language, {"vision": seen.streams["vision"]})
+
+
+@register("paligemma")
+class PaliGemmaAdapter(GridAdapter):
+    """Streams: `vision` [image, patch], `language`. The projector has no neurons.
+
+    Its texts are images, BOS, prompt, a line's end; then the response and EOS. What comes
+    before the response is not causal: image tokens see the prompt.
+    """
+
+    before_response = "\u2028"
+
+    def look(self, inputs: Mapping[str, Any]) -> Seen:
+        """One grid per image, in reading order."""
+        return _without_projector(super().look(inputs))
+
+    def as_processed(self, text: str) -> str:
+        """With the BOS, line's end and EOS that the processor writes."""
+        tokenizer = self.processor.tokenizer
+        prompt, mark, response = text.partition(self.before_response)
+        at = prompt.rfind(self.image_token) + len(self.image_token)
+        if self.image_token not in prompt:
+            at = 0
+        asked = f"{prompt[:at]}{tokenizer.bos_token}{prompt[at:]}\n"
+        return f"{asked}{response}{tokenizer.eos_token}" if mark else asked
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """Responses are given as the processor's suffixes, so that they are causal.
+
+        Raises:
+            AdapterError: If only some of the texts have a response.
+        """
+        parts = [text.partition(self.before_response) for text in texts]
+        if len({mark for _, mark, _ in parts}) > 1:
+            raise AdapterError(
+                "PaliGemma's processor takes responses for all texts of a batch or for none. "
+                "Encode samples with and without a response apart."
+            )
+        suffix = [response for _, _, response in parts] if parts[0][1] else None
+        inputs: Mapping[str, Any] = self.processor(
+            images=[list(each) for each in images],
+            text=[prompt for prompt, _, _ in parts],
+            suffix=suffix,
+            add_special_tokens=add_special_tokens,
+            padding=True,
+            return_tensors="pt",
+        )
+        # Labels are for training; the loss they ask for would be computed for nothing.
+        return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 @special_block("PI0ActionTimeEmbedding")

@@ -71,6 +71,14 @@ def _is_filling(images: Tensor) -> list[bool]:
     return [not bool(image.any()) for image in images]
 
 
+def _check_one_each(processor: Any, images: Sequence[Sequence[Any]]) -> None:
+    if any(len(each) != 1 for each in images):
+        raise AdapterError(
+            f"{type(processor).__name__} takes one image per text; these texts have "
+            f"{[len(each) for each in images]}."
+        )
+
+
 _FRAMES = 4
 """Frames of a video: InstructBlipVideoProcessor makes room for these, whatever it is given."""
 
@@ -194,11 +202,7 @@ class BlipAdapter(FamilyAdapter):
         Raises:
             AdapterError: If a text has no image, or several.
         """
-        if any(len(each) != 1 for each in images):
-            raise AdapterError(
-                f"{type(self.processor).__name__} takes one image per text; these texts have "
-                f"{[len(each) for each in images]}."
-            )
+        _check_one_each(self.processor, images)
         shown = images
         if self.model_type == "instructblipvideo":
             shown = [list(each) * _FRAMES for each in images]
@@ -498,6 +502,10 @@ class MllamaAdapter(_CrossAttending):
                 owners.append(sample)
         return Seen(sizes, None, {"vision": rows(pieces)}, owners)
 
+    def is_conditional(self, stack: str, layer: int) -> bool:
+        """Cross-attention layers are skipped where no image was given."""
+        return stack == "language" and layer in self._config.text_config.cross_attention_layers
+
     def agreements(self) -> dict[str, tuple[Any, Any]]:
         """The size of a tile, and how many there are."""
         vision, images = self._config.vision_config, self.image_processor
@@ -554,6 +562,32 @@ class KosmosAdapter(FamilyAdapter):
             )
         return torch.zeros_like(ids, dtype=torch.bool)
 
+    @property
+    def image_token(self) -> str:
+        """Marks the image's place for us; the processor writes it by itself."""
+        return "<image>"
+
+    def as_processed(self, text: str) -> str:
+        """The processor puts a space between the image and the text."""
+        head, token, tail = text.partition(self.image_token)
+        return f"{head}{token} {tail.strip()}" if token else text
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """One image per text, before it.
+
+        Raises:
+            AdapterError: If a text has no image, or several.
+        """
+        _check_one_each(self.processor, images)
+        bare = [text.replace(self.image_token, "") for text in texts]
+        return super().process(bare, images, add_special_tokens=add_special_tokens)
+
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """How many queries there are."""
+        return {"image tokens": (self.processor.num_image_tokens, self._config.latent_query_num)}
+
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Queries for every image."""
         pixels = inputs["pixel_values"]
@@ -574,6 +608,10 @@ class Kosmos25Adapter(KosmosAdapter):
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Images come as rows of patches."""
         return isinstance(inputs.get("flattened_patches"), Tensor)
+
+    def as_processed(self, text: str) -> str:
+        """The text follows the image as it is."""
+        return text
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Queries for every image; each row of patches says where it is from."""

@@ -46,6 +46,11 @@ class Ovis2Adapter(GridAdapter):
 
     towers: ClassVar[Mapping[str, int]] = {"ovis2_vision": 0}
 
+    @property
+    def placeholder_of_processor(self) -> int | None:
+        """The part of an image; what the processor calls its image token stands for all of it."""
+        return int(self.processor.tokenizer.convert_tokens_to_ids("<IMG_ATOM>"))
+
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Thumbnail and tiles."""
         side, patch = int(self._vision.image_size), int(self._vision.patch_size)
