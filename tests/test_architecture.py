@@ -37,6 +37,7 @@ RANKS = {
     "simulate": 9,
     "explain": 10,
     "study": 11,
+    "testing": 12,
     "report": 12,
 }
 """Data flows down this table, imports only go up it. A new file needs a rank."""

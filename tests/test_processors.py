@@ -77,18 +77,18 @@ def test_text_roles_are_those_of_the_sample(real: Real, vlm: nl.ModelAdapter) ->
     samples = [sample(real, photo(0)), sample(real, photo(1), id="two")]
     batch = nl.encode(vlm, samples, template=real.template)
     for row in range(2):
-        tokens = batch.map_of(row)
+        tokens, answer = batch.map_of(row), batch.map_of(row, vlm.answer_stream)
         said = {
             role: "".join(
                 piece
-                for piece, mine in zip(tokens.pieces or (), tokens.role.tolist(), strict=True)
+                for piece, mine in zip(where.pieces or (), where.role.tolist(), strict=True)
                 if mine == role
             )
-            for role in (nl.Role.PROMPT, nl.Role.RESPONSE)
+            for role, where in ((nl.Role.PROMPT, tokens), (nl.Role.RESPONSE, answer))
         }
         assert said[nl.Role.RESPONSE].split() == real.response.split()
         assert said[nl.Role.PROMPT].split() == real.prompt.split()
-        assert tokens.role[-1] in (nl.Role.RESPONSE, nl.Role.SPECIAL)
+        assert answer.role[-1] in (nl.Role.RESPONSE, nl.Role.SPECIAL)
 
 
 def test_visual_tokens_are_those_that_depend_on_the_photo(real: Real, vlm: nl.ModelAdapter) -> None:
@@ -142,7 +142,6 @@ def test_boxes_are_where_the_photo_moves_tokens(
         other = nl.encode(vlm, [sample(real, changed(image, region))], template=real.template)
         after = first_input(real, vlm.model, other, unmixed=True)
         moved = (after != plain).any(-1).flatten()
-        left, top, right, bottom = region
 
         def overlaps(box: Tensor, grow: float, region: tuple[int, int, int, int]) -> Tensor:
             left, top, right, bottom = region

@@ -169,7 +169,9 @@ def overheard(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
             if depth == 0:  # some encode a video by calling the method for images
                 bound = inspect.signature(method).bind_partial(*args, **kwargs).arguments
                 named = bound | bound.pop("kwargs", {})
-                inputs.update({k: v for k, v in named.items() if isinstance(v, Tensor)})
+                inputs.update(
+                    {k: v for k, v in named.items() if isinstance(v, (Tensor, list, tuple))}
+                )
             depth += 1
             try:
                 return method(*args, **kwargs)

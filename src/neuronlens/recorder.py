@@ -429,7 +429,8 @@ class ActivationRecorder:
             if grows:
                 raise CaptureError(
                     f"Site {name} ran outside a call of the recorded model. Call the model itself, "
-                    "not a part of it: the recorder needs its inputs to know the tokens."
+                    "not a part of it: the recorder needs its inputs to know the tokens. If its "
+                    "generate() does so, record a forward over the generated ids instead."
                 )
             # generate() encodes the images before it first calls the model.
             self._early.setdefault(name, []).append(_copied(out, self._device))
@@ -451,9 +452,9 @@ class ActivationRecorder:
         expected = new + self._skip + (run.prefix if name not in run.kept or self._skip else 0)
         if _length(out) != expected:
             raise CaptureError(
-                f"Site {name} gave {_length(out)} tokens where {expected} were expected. Some models "
-                "leave prompt tokens out of their last layers while generating: ask generate() "
-                "for output_hidden_states=True, return_dict_in_generate=True."
+                f"Site {name} gave {_length(out)} tokens where {expected} were expected. Some "
+                "models leave prompt tokens out of their last layers while generating: ask "
+                "generate() for output_hidden_states=True, return_dict_in_generate=True."
             )
         skip = self._skip + (run.prefix if self._skip else 0)
         run.kept.setdefault(name, []).append(_copied(_from_token(out, skip), self._device))

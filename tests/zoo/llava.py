@@ -321,27 +321,45 @@ def anyres_count(size: tuple[int, int], per_side: int, most: int = 0) -> int:
     return per_side**2 + rows * (columns + 1)
 
 
+def padded(image: Tensor) -> Tensor:
+    """The whole image as one tile, with its aspect ratio kept."""
+    height, width = image.shape[-2:]
+    square = image.new_tensor(HALF[0])[:, None, None].repeat(1, max(height, width), 1)
+    square = square.repeat(1, 1, max(height, width))
+    top, left = (max(height, width) - height) // 2, (max(height, width) - width) // 2
+    square[:, top : top + height, left : left + width] = image
+    return F.interpolate(square[None], (SIDE, SIDE), mode="area")
+
+
 def anyres(
     statistics: tuple[tuple[float, ...], tuple[float, ...]],
     per_side: int = 4,
     most: int = 0,
-    counts: bool = False,
+    onevision: bool = False,
 ) -> Callable[[Any, Images], dict[str, Any]]:
+    """With `onevision`, images that are not alone in their sample are not tiled."""
+
     def inputs(model: Any, images: Images) -> dict[str, Any]:
-        sizes = [[tuple(image.shape[-2:]) for image in row] for row in images]
-        blocks = [
-            [IMAGE] * sum(anyres_count(size, per_side, most) for size in row) for row in sizes
-        ]
-        rows = [normal(tiles(image), statistics) for image in flat(images)]
-        longest = max(map(len, rows))
-        pixels = [F.pad(each, (0, 0) * 3 + (0, longest - len(each))) for each in rows]
-        extra = {"batch_num_images": torch.tensor([len(row) for row in images])} if counts else {}
+        blocks, cuts = [], []
+        for row in images:
+            count = 0
+            for image in row:
+                if onevision and len(row) > 1:
+                    cuts.append(normal(padded(image), statistics))
+                    count += per_side**2 + 1
+                else:
+                    cuts.append(normal(tiles(image), statistics))
+                    count += anyres_count(tuple(image.shape[-2:]), per_side, most)
+            blocks.append([IMAGE] * count)
+        longest = max(map(len, cuts))
+        pixels = [F.pad(each, (0, 0) * 3 + (0, longest - len(each))) for each in cuts]
+        counts = torch.tensor([len(row) for row in images if row])
         return on(
             model,
             **prompts(blocks),
             pixel_values=torch.stack(pixels),
-            image_sizes=torch.tensor([size for row in sizes for size in row]),
-            **extra,
+            image_sizes=torch.tensor([image.shape[-2:] for image in flat(images)]),
+            **({"batch_num_images": counts} if onevision else {}),
         )
 
     return inputs
@@ -426,7 +444,7 @@ LLAVA_ONEVISION = tuple(
         cls="LlavaOnevisionForConditionalGeneration",
         config=partial(llava_onevision_config, f"anyres_max_{most}"),
         sizes=ANYRES_SIZES,
-        inputs=anyres(HALF, most=most, counts=True),
+        inputs=anyres(HALF, most=most, onevision=True),
         sites=(*SIGLIP, PROJECTOR, *LLAMA),
         first=FIRST,
         spatial="region",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_args
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from neuronlens.adapters.decoding import Decoding, decoding_of
 from neuronlens.adapters.grids import ImageSize
 from neuronlens.adapters.taps import ActOutput, NeuronKind, Tap
 from neuronlens.errors import AdapterError, UnknownNameError
@@ -244,6 +246,15 @@ class ModelAdapter(ABC):
         lengths = torch.tensor([len(each) for each in ids])
         mask = (torch.arange(rows.shape[1]) < lengths[:, None]).long()
         return {**inputs, "decoder_input_ids": rows, "decoder_attention_mask": mask}
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """The way from the output of any decoder layer to the model's logits.
+
+        Raises:
+            AdapterError: If the model has none; the message says why.
+        """
+        return decoding_of(self.model)
 
     @property
     def device(self) -> torch.device:

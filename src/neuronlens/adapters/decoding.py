@@ -52,6 +52,8 @@ _NORMS = (
     "norm_f",
     "ln_f",
     "ln_out",
+    "out_norm",
+    "LayerNorm",
     "embedding_norm",
 )
 
@@ -100,7 +102,11 @@ class Decoding:
     float32: bool = False
 
     def residual(self, output: object) -> Float[Tensor, "batch token *state"]:
-        """The residual stream in what one of `layers` returned, ready for `logits`."""
+        """The residual stream in what one of `layers` returned, ready for `logits`.
+
+        Models with DeepStack (Qwen3-VL, Granite 4 Vision, ...) add image features to it between some
+        layers: at image tokens, the next one is given more than this.
+        """
         state = output if isinstance(output, Tensor) else cast(tuple[Tensor, ...], output)[0]
         return state.movedim(0, -2) if self.layout == "first" else state
 
@@ -191,8 +197,9 @@ def decoding_of(model: nn.Module) -> Decoding:
     owner_path = ".".join(_common(path, words))
     owner: Any = model.get_submodule(owner_path)
     text = owner.config.get_text_config(decoder=True)
+    blocks = cast(nn.ModuleList, model.get_submodule(layers))
     decoding = Decoding(
-        layers=tuple(f"{layers}.{i}" for i in range(len(model.get_submodule(layers)))),  # type: ignore[arg-type]
+        layers=tuple(f"{layers}.{i}" for i in range(len(blocks))),
         norm=_norm(name, path, stack),
         unembedding=words,
         head=".".join(words.split(".")[: len(_common(path, words)) + 1]),
@@ -264,7 +271,8 @@ def _unembedding(model: nn.Module) -> str | None:
             continue
         found = module.get_output_embeddings()
         if found is not None:
-            return next(name for name, each in model.named_modules() if each is found)
+            paths: dict[int, str] = {id(each): name for name, each in model.named_modules()}
+            return paths[id(found)]
     return None
 
 
@@ -419,13 +427,12 @@ AFTER: dict[str, After] = {
     **dict.fromkeys(("muse_glimmer", "muse_spark"), _muse),
     **dict.fromkeys(("t5", "longt5"), _t5("scale_decoder_outputs")),
     **dict.fromkeys(("umt5", "switch_transformers", "udop"), _t5("tie_word_embeddings")),
-    **dict.fromkeys(("inkling_mm_model", "inkling_mm_model_text"), _inkling),
+    **dict.fromkeys(("inkling_mm_model", "inkling_text"), _inkling),
     "minicpm3": _minicpm3,
     "chameleon": _chameleon,
     "electra": _after_module("generator_predictions"),
-    "modernbert-decoder": _after_module("lm_head"),
     **dict.fromkeys(
-        ("blt", "falcon_mamba", "mamba", "mamba2", "mllama_text_model", "nemotron_h"), _float32
+        ("falcon_mamba", "mamba", "mamba2", "mllama_text_model", "nemotron_h"), _float32
     ),
 }
 """By the model type of the head's owner, what it does beside calling the head."""

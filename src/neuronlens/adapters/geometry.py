@@ -23,11 +23,12 @@ class Placement:
 
     def to_original(self, box: Float[Tensor, "*axes 4"]) -> Float[Tensor, "*axes 4"]:
         """Boxes in original pixels, clipped to the image; NaN where nothing of it is left."""
-        cut, scale = torch.tensor(self.cut * 2), torch.tensor(self.scale * 2)
+        cut = torch.tensor(self.cut * 2, dtype=torch.float64)
+        scale = torch.tensor(self.scale * 2, dtype=torch.float64)
         width, height = self.original
         moved = ((box.double() + cut) / scale).clamp(min=0)
         moved = torch.minimum(moved, torch.tensor([width, height, width, height]).double())
-        empty = ((moved[..., 2:] - moved[..., :2]) < 1e-6).any(-1)
+        empty = ((moved[..., 2:] - moved[..., :2]) < 1e-3).any(-1)
         moved[empty] = float("nan")
         return moved.float()
 

@@ -50,23 +50,29 @@ class Batch:
             for name, value in self.inputs.items()
         }
 
-    def pieces(self, sample: int) -> tuple[str, ...]:
-        """Text of each language token of one sample, padding left out.
+    def pieces(self, sample: int, stream: str = "language") -> tuple[str, ...]:
+        """Text of each token of one sample on a stream of text, padding left out.
 
         Joined, they are the text as it was tokenised; image tokens are empty.
         """
-        language = self.tokens["language"]
-        ids = self.inputs[self.adapter.text_input].cpu()
+        tokens = self.tokens[stream]
+        name = self.adapter.text_input if stream == "language" else "decoder_input_ids"
+        ids = self.inputs[name].cpu()
         # Images that the model puts before the text have no token of their own.
-        prefix = language.role.shape[1] - ids.shape[1]
-        filler = (self.adapter.placeholder_ids() or [0])[0]
-        ids = F.pad(ids, (prefix, 0), value=filler).flatten()[language.where(sample)]
-        visual = _is_placeholder(self.adapter, ids.tolist())
-        return _pieces(self.adapter.processor.tokenizer, ids.tolist(), visual)
+        ids = F.pad(ids, (tokens.role.shape[1] - ids.shape[1], 0))
+        at = tokens.where(sample)
+        kept = ids.flatten()[at].tolist()
+        visual = (tokens.role.flatten()[at] == Role.VISUAL).tolist()
+        is_image = [
+            known or seen
+            for known, seen in zip(_is_placeholder(self.adapter, kept), visual, strict=True)
+        ]
+        return _pieces(self.adapter.processor.tokenizer, kept, is_image)
 
     def map_of(self, sample: int, stream: str = "language") -> TokenMap:
         """The tokens of one sample on one stream, with their text where they have one."""
-        pieces = self.pieces(sample) if stream == "language" else None
+        is_text = stream in ("language", self.adapter.answer_stream)
+        pieces = self.pieces(sample, stream) if is_text else None
         return self.tokens[stream].of(sample, pieces)
 
 
@@ -188,10 +194,17 @@ def _from_template(adapter: ModelAdapter, images: int, prompt: str, answer: str)
 
 
 def _ids(adapter: ModelAdapter, text: str) -> list[int]:
-    ids: list[int] = adapter.processor.tokenizer(
-        adapter.as_processed(text), add_special_tokens=_adds_special(adapter, text)
-    )["input_ids"]
-    return ids
+    """The text's tokens, without what the tokenizer puts behind every text (BERT's, T5's)."""
+    tokenizer = adapter.processor.tokenizer
+    adds = _adds_special(adapter, text)
+    ids: list[int] = tokenizer(adapter.as_processed(text), add_special_tokens=adds)["input_ids"]
+    if not adds or not ids:
+        return ids
+    empty: list[int] = tokenizer("", add_special_tokens=True)["input_ids"]
+    behind = 0
+    while behind < len(empty) and ids[-1 - behind] == empty[-1 - behind] != tokenizer.bos_token_id:
+        behind += 1
+    return ids[: len(ids) - behind]
 
 
 def _adds_special(adapter: ModelAdapter, text: str) -> bool:
@@ -301,16 +314,18 @@ def _aligned(adapter: ModelAdapter, ids: list[int], each: Prepared) -> list[Role
         for known, token in zip(_is_placeholder(adapter, each.ids), each.ids, strict=True)
     ]
     segments: list[list[tuple[int, Role]]] = [[]]
+    was_image = False
     for token, role, is_image in zip(each.ids, each.roles, placeholder, strict=True):
-        if is_image:
+        if is_image and not was_image:
             segments.append([])
-        else:
+        elif not is_image:
             segments[-1].append((token, role))
+        was_image = is_image
     roles: list[Role | None] = [None] * len(ids)
+    special = set(adapter.processor.tokenizer.all_special_ids)
     start = 0
     if len(segments) > 1:
         first = segments.pop(0)
-        special = set(adapter.processor.tokenizer.all_special_ids)
         while not _put(roles, ids, start, first):  # a processor may begin with a BOS of its own
             if start == len(ids) or ids[start] not in special:
                 return None
@@ -318,8 +333,10 @@ def _aligned(adapter: ModelAdapter, ids: list[int], each: Prepared) -> list[Role
         start += len(first)
     last = segments.pop()
     end = len(ids) - len(last)
-    if end < start or not _put(roles, ids, end, last):
-        return None
+    while not _put(roles, ids, end, last):  # it may end with an EOS of its own
+        if end <= start or ids[end + len(last) - 1] not in special:
+            return None
+        end -= 1
     here = _is_placeholder(adapter, ids)
     for segment in segments:
         while start < end and not here[start]:
@@ -338,7 +355,7 @@ def _put(
 ) -> bool:
     """Set the roles of a segment whose tokens begin at `start`; False if they do not."""
     end = start + len(segment)
-    if ids[start:end] != [token for token, _ in segment]:
+    if start < 0 or ids[start:end] != [token for token, _ in segment]:
         return False
     roles[start:end] = [role for _, role in segment]
     return True

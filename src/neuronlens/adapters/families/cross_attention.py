@@ -195,15 +195,6 @@ class PPFormulaNetAdapter(CrossAttentionAdapter):
 
     parts = (("vision", r"^model\.encoder\."),)
 
-    def check_processor(self) -> None:
-        """Compare the words of processor and model, which does not tell its embeddings itself."""
-        words, known = len(self.processor.tokenizer), int(self._config.text_config.vocab_size)
-        if words > known:
-            raise AdapterError(
-                f"{type(self.processor).__name__} belongs to another model: {words} tokens (the "
-                f"model embeds {known}). Load the processor of {self.name!r}."
-            )
-
     def blocks(self) -> Iterable[Block]:
         """The tower runs first, though the decoder is listed before it."""
         return sorted(super().blocks(), key=lambda block: self.stack_of(block.path) != "vision")

@@ -113,17 +113,6 @@ class T5Gemma2Adapter(EncoderDecoderAdapter):
         """The tower runs first, though the text model is listed before it."""
         return sorted(super().blocks(), key=lambda block: self.stack_of(block.path) != "vision")
 
-    def placeholder_ids(self) -> list[int]:
-        """What images fill, and what stands for an image before the processor expands it."""
-        return [int(self._config.encoder.boi_token_index), int(self._config.image_token_index)]
-
-    def placeholders(
-        self, inputs: Mapping[str, Any], ids: Int[Tensor, "batch token"]
-    ) -> Bool[Tensor, "batch token"]:
-        """What images fill."""
-        is_filled: Tensor = ids == self._config.image_token_index
-        return is_filled
-
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """One cell per patch; the language stream has means of several by several of them."""
         pixels = inputs["pixel_values"]

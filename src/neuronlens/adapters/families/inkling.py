@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor, nn
 
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, special_block
@@ -24,8 +25,9 @@ from neuronlens.adapters.grids import (
     raster,
     special,
 )
-from neuronlens.adapters.taps import EXPERTS_FIRST, ActOutput
+from neuronlens.adapters.taps import EXPERTS_FIRST, ActOutput, NeuronKind, See
 from neuronlens.errors import AdapterError
+from neuronlens.hooks import Call, Point
 
 
 @special_block("InklingVisionEncoderLayer")
@@ -35,11 +37,33 @@ def _inkling_patch_layer(path: str, block: Any) -> Iterator[Block]:
         yield Block(path, "gelu", ActOutput(path), int(block.projection.out_features))
 
 
+class _SharedExperts(ActOutput):
+    """Experts that all tokens run through, multiplied with 3-D weights and not by projections."""
+
+    def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
+        """The act_fn's output; times the up projection and the router's weight, if asked for."""
+        if kind == "act_fn":
+            return super().reading(model, see, kind)
+        block: Any = model.get_submodule(self.path.removesuffix(".act_fn"))
+        factor: list[Tensor] = []
+
+        def enter(call: Call) -> None:
+            x, gammas = (*call.args, *call.kwargs.values())[:2]
+            rows = x.reshape(1, -1, x.shape[-1]).expand(len(block.up_proj), -1, -1)
+            gammas = gammas.reshape(-1, len(block.up_proj), 1).transpose(0, 1)
+            factor[:] = [torch.bmm(rows, block.up_proj.transpose(1, 2)) * gammas]
+
+        return [
+            Point(block, enter, before=True),
+            Point(block.act_fn, lambda call: see(self.layout.arrange(call.out * factor.pop()))),
+        ]
+
+
 @special_block("InklingSharedExperts")
 def _inkling_shared_experts(path: str, block: Any) -> Iterator[Block]:
     """Every token runs through each of them: one block of all their neurons."""
     experts, _, width = block.down_proj.shape
-    tap = ActOutput(f"{path}.act_fn", None, True, EXPERTS_FIRST)
+    tap = _SharedExperts(f"{path}.act_fn", None, True, EXPERTS_FIRST)
     yield Block(path, "act_fn", tap, int(experts * width))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, features, special_block
 from neuronlens.adapters.family import FamilyAdapter
-from neuronlens.adapters.geometry import Placement, stretched
+from neuronlens.adapters.geometry import Placement, processed_by, stretched
 from neuronlens.adapters.grids import (
     Grid,
     ImageSize,
@@ -58,16 +59,16 @@ class GridAdapter(FamilyAdapter):
 
     def agreements(self) -> dict[str, tuple[Any, Any]]:
         """Patch size and image size."""
-        crop = getattr(self.image_processor, "crop_size", None)
+        crop = edges(getattr(self.image_processor, "crop_size", None))
         side = self._vision.image_size
         return {
             "patch size": (getattr(self.processor, "patch_size", None), self._vision.patch_size),
-            "image size": ((crop.height, crop.width) if crop else None, (side, side)),
+            "image size": (crop, (side, side)),
         }
 
     def pixels(self, inputs: Mapping[str, Any]) -> Any:
         """The processed images."""
-        if inputs.get("pixel_values") is None:
+        if inputs.get("pixel_values") is None or inputs.get("pixel_values_videos") is not None:
             raise AdapterError(
                 f"{type(self).__name__} describes images (pixel_values); what videos are made into "
                 "is not described."
@@ -99,6 +100,15 @@ class GridAdapter(FamilyAdapter):
                 "projector": rows((i, tokens) for i in images),
             },
         )
+
+
+def edges(size: Any) -> tuple[int, int] | None:
+    """Height and width in an image processor's setting; Video-LLaVA's are plain dictionaries."""
+    if not size:
+        return None
+    if isinstance(size, dict):
+        return size["height"], size["width"]
+    return size.height, size.width
 
 
 class SelectingAdapter(GridAdapter):
@@ -138,7 +148,19 @@ class LlavaAdapter(SelectingAdapter):
     def pixels(self, inputs: Mapping[str, Any]) -> Any:
         """The processed images, under either of Video-LLaVA's names."""
         legacy = inputs.get("pixel_values_images")
-        return super().pixels(inputs) if legacy is None else legacy
+        return super().pixels(inputs if legacy is None else {**inputs, "pixel_values": legacy})
+
+    def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
+        """Cropped if the image processor crops, else resized."""
+        told = self.image_processor
+        if type(getattr(told, "size", None)) is dict:
+            told = SimpleNamespace(
+                do_resize=told.do_resize,
+                do_center_crop=told.do_center_crop,
+                size=SimpleNamespace(**told.size),
+                crop_size=SimpleNamespace(**told.crop_size),
+            )
+        return processed_by(told, original, size)
 
     def image_tokens(self, size: ImageSize) -> Piece:
         """One token per patch."""
@@ -162,8 +184,7 @@ def padded_square(
     """
     if image_processor is None:
         return stretched(original, processed)
-    size = getattr(image_processor, setting)
-    side = size["height"] if isinstance(size, Mapping) else size.height
+    side = (edges(getattr(image_processor, setting)) or processed)[0]
     width, height = original
     least = getattr(image_processor, "min_size", 1)
     share = side / max(original)

@@ -103,7 +103,7 @@ class BlipAdapter(FamilyAdapter):
         super().check_model()
         text = self._config.text_config
         if text.is_encoder_decoder:
-            self.answer_stream, self.growing = "language.decoder", ()
+            self.answer_stream = "language.decoder"
         if text.is_encoder_decoder and text.model_type != "t5":
             raise AdapterError(
                 f"The language model is a {text.model_type!r}; of encoder-decoders only 't5' is "
@@ -229,11 +229,20 @@ class AriaAdapter(FamilyAdapter):
     def check_processor(self) -> None:
         """Refuse a processor that cuts images into crops: inputs do not tell how many."""
         super().check_processor()
-        if getattr(self.image_processor, "split_image", False):
+        # What the processor passes on goes before the image processor's own setting.
+        passed = getattr(self.processor, "images_kwargs", {})
+        if passed.get("split_image", getattr(self.image_processor, "split_image", False)):
             raise AdapterError(
                 "The processor cuts images into crops (split_image=True), and its outputs do not "
-                "tell which image a crop is of. Set processor.image_processor.split_image = False."
+                "tell which image a crop is of. Set processor.images_kwargs['split_image'] = False."
             )
+
+    def agreements(self) -> dict[str, tuple[Any, Any]]:
+        """How many queries there are, for a smaller and a larger square."""
+        theirs = sorted(self.processor.size_conversion.values())
+        return {
+            "image tokens": (theirs, sorted(self._config.projector_patch_to_query_dict.values()))
+        }
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""

@@ -21,7 +21,14 @@ from neuronlens.adapters.discover import Block, special_block
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import Grid, ImageSize, Piece, Seen, cells, flat, in_blocks, raster
-from neuronlens.adapters.taps import ActOutput, Change, Experts, NeuronKind, See
+from neuronlens.adapters.taps import (
+    ActOutput,
+    Change,
+    Experts,
+    NeuronKind,
+    See,
+    expert_width,
+)
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point
 from neuronlens.tokens import Role
@@ -321,18 +328,23 @@ class ModalityExperts:
 
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """Recomputed from what enters the layer; NaN at the tokens that do not come."""
-        experts = model.get_submodule(self.path)
+        experts: Any = model.get_submodule(self.path)
 
         def look(call: Call) -> None:
             came, routed = self._routed(model, call)
+            at = came.flatten().nonzero().squeeze(1)
 
             def spread(rows: Any) -> None:
                 assert isinstance(rows, Routed)
-                at = came.flatten().nonzero().squeeze(1)
                 see(rows.spread(at, came.numel()).reshape(*came.shape))
 
-            inner = Experts(self.path).reading(model, spread, kind)
-            inner[0].hook(Call(experts, routed, {}))
+            if len(at):
+                inner = Experts(self.path).reading(model, spread, kind)
+                inner[0].hook(Call(experts, routed, {}))
+            else:
+                x, index, _ = routed
+                values = x.new_empty(*index.shape, expert_width(experts))
+                spread(Routed(values, index, int(experts.num_experts)))
 
         return [Point(model.get_submodule(self.layer), look, before=True)]
 
@@ -341,8 +353,10 @@ class ModalityExperts:
         experts = model.get_submodule(self.path)
         (inner,) = Experts(self.path).writing(model, change)
 
-        def write(call: Call) -> tuple[Tensor, Tensor]:
+        def write(call: Call) -> tuple[Tensor, Tensor] | None:
             came, routed = self._routed(model, call)
+            if not came.any():
+                return None
             hidden, logits = call.out
             difference = inner.hook(Call(experts, routed, {}, torch.zeros_like(routed[0])))
             new = hidden.clone()

@@ -363,15 +363,6 @@ class Llama4Adapter(TileAdapter):
         token = getattr(self.processor, "img_patch_token", None)
         return None if token is None else int(self.processor.tokenizer.convert_tokens_to_ids(token))
 
-    def process(
-        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
-    ) -> dict[str, Any]:
-        """Its processor gives bfloat16, which the model takes only if it computes in it."""
-        inputs = super().process(texts, images, add_special_tokens=add_special_tokens)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-        return inputs
-
     def merged(self, side: int) -> int:
         """Pixel shuffle."""
         return int(side * self._config.vision_config.pixel_shuffle_ratio)

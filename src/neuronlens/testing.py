@@ -1,0 +1,313 @@
+"""Suites that third parties run on what they write: `check_adapter` for an adapter.
+
+Needs no pytest: a law that does not hold is an `AssertionError` that says which, and where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neuronlens.activations import Activation, Routed
+from neuronlens.adapters import ModelAdapter, adapt
+from neuronlens.hooks import Call, Point, attached
+from neuronlens.intervene import deactivate
+from neuronlens.neurons import NeuronId, NeuronSite
+from neuronlens.recorder import ActivationRecorder, record
+from neuronlens.tokens import Role, TokenMap
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_adapter` found, for a closer look.
+
+    Attributes:
+        sites: Every site of the adapter.
+        visual: Visual tokens of the language stream, in the whole batch.
+        boxes: How many of them see one region.
+        inert: Sites whose deactivation changed nothing, all of them flagged.
+        padded: Padding tokens of the language stream.
+        single: Whether samples could be run by themselves; not where a batch's patches are
+            packed together.
+    """
+
+    sites: tuple[NeuronSite, ...]
+    visual: int
+    boxes: int
+    inert: tuple[str, ...]
+    padded: int
+    single: bool
+
+
+def check_adapter(
+    model: nn.Module | ModelAdapter,
+    inputs: Mapping[str, Any],
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-4,
+) -> Checked:
+    """Check an adapter against its own model, on a batch of images and texts.
+
+    The laws: hooks leave the model as it is; every site runs, and its activations have the
+    axes of its stream's token map; batched = single, where the inputs can be taken apart;
+    visual tokens are exactly those at which the first language layer's input moves with the
+    pixels; padding is where the mask says; a deactivated neuron changes the logits unless
+    its site is flagged inert, and leaving restores them bit for bit.
+
+    Args:
+        model: A Hugging Face model of a few layers, in eval mode, on any device; or an adapter
+            of one.
+        inputs: Of at least two samples with an image each, of which one is padded, as
+            the model's processor gives them.
+        rtol: Relative tolerance between batched and single, for activations and logits.
+        atol: Absolute tolerance, likewise.
+
+    Returns:
+        What was found.
+
+    Raises:
+        AssertionError: If a law does not hold; it names the site and the law.
+        AdapterError: If the adapter cannot describe the model or these inputs.
+
+    Example:
+        >>> from neuronlens import testbed
+        >>> from neuronlens.samples import encode
+        >>> bed = testbed.load()
+        >>> vlm = adapt(bed.model, bed.processor)
+        >>> batch = encode(vlm, testbed.scenes(2))
+        >>> check_adapter(bed.model, batch.inputs).visual
+        128
+    """
+    vlm = model if isinstance(model, ModelAdapter) else adapt(model)
+    vlm.require_eval()
+    inputs = {
+        name: value.to(vlm.device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+    plain = _logits(vlm, inputs)
+    tokens = vlm.tokens(inputs)
+    with torch.no_grad(), ActivationRecorder(vlm, None) as recorder:
+        hooked = _output(vlm.model(**inputs))
+    _holds(torch.equal(hooked, plain), "recording leaves the logits as they are")
+    activations = recorder.activations
+    _check_sites(vlm, activations, tokens)
+    _check_sink(vlm, inputs, activations, tokens)
+    padded = _check_padding(vlm, inputs, tokens)
+    single = _check_single(vlm, inputs, activations, tokens, rtol, atol)
+    _check_visual(vlm, inputs, tokens)
+    inert = _check_deactivation(vlm, inputs, plain, activations)
+    language = tokens["language"]
+    visual = language.role == Role.VISUAL
+    boxes = int((~language.box[visual].isnan().any(-1)).sum())
+    return Checked(tuple(vlm.sites.values()), int(visual.sum()), boxes, inert, padded, single)
+
+
+def _holds(law: bool, what: str) -> None:
+    if not law:
+        raise AssertionError(f"Does not hold: {what}.")
+
+
+def _output(out: Any) -> Tensor:
+    logits = getattr(out, "logits", None)
+    return logits if isinstance(logits, Tensor) else out[0]
+
+
+def _logits(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return _output(vlm.model(**inputs))
+
+
+def _rows(out: Activation) -> Float[Tensor, "row neuron"]:
+    """`[token, neuron]`, experts beside each other, 0 where a token was not routed."""
+    if isinstance(out, Routed):
+        return out.dense().nan_to_num(0.0).flatten(-2).flatten(0, -2)
+    return out.flatten(0, -2)
+
+
+def _check_sites(
+    vlm: ModelAdapter, activations: Mapping[str, Activation], tokens: Mapping[str, TokenMap]
+) -> None:
+    for name, site in vlm.sites.items():
+        if name not in activations:
+            _holds("conditional" in site.flags, f"site {name} runs for an image and a text")
+            continue
+        _holds(site.stream in tokens, f"site {name} runs on {site.stream!r}, which has a token map")
+        axes = tuple(tokens[site.stream].role.shape)
+        wanted = (*axes, *((site.experts,) if site.experts else ()), site.width)
+        got = tuple(activations[name].shape)
+        _holds(got == wanted, f"site {name} has activations of shape {wanted}, not {got}")
+
+
+class _Keep:
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def take(self, site: NeuronSite, activation: Activation, tokens: TokenMap) -> None:
+        self.kept[site.name] = _rows(activation).clone()
+
+
+def _check_sink(
+    vlm: ModelAdapter,
+    inputs: Mapping[str, Any],
+    activations: Mapping[str, Activation],
+    tokens: Mapping[str, TokenMap],
+) -> None:
+    sink = _Keep()
+    with torch.no_grad(), record(vlm, list(activations), sink, tokens):
+        vlm.model(**inputs)
+    for name, rows in sink.kept.items():
+        _holds(
+            torch.equal(rows, _rows(activations[name])),
+            f"record() gives what ActivationRecorder keeps at site {name}",
+        )
+
+
+def _check_padding(
+    vlm: ModelAdapter, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap]
+) -> int:
+    role = tokens["language"].role
+    mask = inputs.get(vlm.text_mask)
+    if isinstance(mask, Tensor) and mask.shape == role.shape:
+        _holds(
+            torch.equal(role == Role.PAD, mask.cpu() == 0),
+            f"PAD is exactly where {vlm.text_mask} is 0",
+        )
+    return int((role == Role.PAD).sum())
+
+
+def _alone(vlm: ModelAdapter, inputs: Mapping[str, Any], sample: int) -> dict[str, Any] | None:
+    """The inputs of one sample without its padding; None where they cannot be told.
+
+    Packed patches, for one: which rows are a sample's is the processor's knowledge.
+    """
+    ids, mask = inputs[vlm.text_input], inputs.get(vlm.text_mask)
+    alone = {}
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not isinstance(mask, Tensor) or len(value) != len(ids):
+            return None
+        own = inputs.get(name.replace("input_ids", "attention_mask"))
+        is_text = value.ndim == 2 and not value.is_floating_point()
+        kept: Any = slice(None)
+        if is_text and isinstance(own, Tensor) and own.shape == value.shape:
+            kept = own[sample].bool()
+        elif is_text and value.shape == ids.shape:
+            kept = mask[sample].bool()
+        elif value.ndim >= 2 and value.shape[1] == ids.shape[1]:
+            return None
+        row = value[sample : sample + 1]
+        alone[name] = row[:, kept] if is_text else row
+    return alone
+
+
+def _check_single(
+    vlm: ModelAdapter,
+    inputs: Mapping[str, Any],
+    activations: Mapping[str, Activation],
+    tokens: Mapping[str, TokenMap],
+    rtol: float,
+    atol: float,
+) -> bool:
+    """A sample without its padding, by itself, gives what it gave in the batch."""
+    for sample in range(len(inputs[vlm.text_input])):
+        alone = _alone(vlm, inputs, sample)
+        if alone is None:
+            return False
+        with torch.no_grad(), ActivationRecorder(vlm, list(activations)) as recorder:
+            vlm.model(**alone)
+        for name, out in recorder.activations.items():
+            stream = tokens[vlm.sites[name].stream]
+            mine = recorder.tokens[vlm.sites[name].stream].where(0)
+            batched, single = _rows(activations[name])[stream.where(sample)], _rows(out)[mine]
+            _holds(
+                batched.shape == single.shape
+                and torch.allclose(batched, single, rtol=rtol, atol=atol),
+                f"batched = single at site {name}, sample {sample}",
+            )
+    return True
+
+
+def _first_input(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor | None:
+    """What goes into the first layer of the language stack; None if it is not in a list."""
+    site = next(site for site in vlm.sites.values() if site.stream == "language")
+    layer = re.match(r".*?\.\d+(?=\.)", site.path)
+    if layer is None:
+        return None
+    seen: list[Tensor] = []
+
+    def keep(call: Call) -> None:
+        seen.append((call.args[0] if call.args else call.kwargs["hidden_states"]).clone())
+
+    point = Point(vlm.model.get_submodule(layer.group()), keep, before=True)
+    with torch.no_grad(), attached({layer.group(): [point]}):
+        vlm.model(**inputs)
+    return seen[0]
+
+
+def _check_visual(
+    vlm: ModelAdapter, inputs: Mapping[str, Any], tokens: Mapping[str, TokenMap]
+) -> None:
+    """Exactly the visual tokens' first input moves with the pixels."""
+    pixels = {
+        name: value
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and "pixel" in name
+    }
+    role = tokens["language"].role
+    plain = _first_input(vlm, inputs)
+    if not pixels or not (role == Role.VISUAL).any() or plain is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    moved = torch.zeros(role.shape, dtype=torch.bool)
+    for strength in (0.5, -2.0, 1.0, -0.5, 3.0, -1.0):  # discrete codes take several trials
+        other = {
+            # A tile that only fills up is all zeros, and has to stay so.
+            name: value
+            + strength * (value != 0) * torch.randn(value.shape, generator=generator).to(value)
+            for name, value in pixels.items()
+        }
+        now = _first_input(vlm, {**inputs, **other})
+        assert now is not None
+        moved |= (now != plain).any(-1).cpu().reshape(role.shape)
+    _holds(
+        torch.equal(moved, role == Role.VISUAL),
+        "VISUAL is exactly where the first language layer's input moves with the pixels; it "
+        f"moves at {moved.nonzero().tolist()[:8]}..., and VISUAL are "
+        f"{(role == Role.VISUAL).nonzero().tolist()[:8]}...",
+    )
+
+
+def _check_deactivation(
+    vlm: ModelAdapter,
+    inputs: Mapping[str, Any],
+    plain: Tensor,
+    activations: Mapping[str, Activation],
+) -> tuple[str, ...]:
+    inert = []
+    for name, out in activations.items():
+        site = vlm.sites[name]
+        strongest = int(_rows(out).abs().amax(0).argmax())
+        expert, index = divmod(strongest, site.width)
+        neuron = NeuronId(name, index, expert if site.experts else None)
+        with deactivate(vlm, neuron):
+            without = _logits(vlm, inputs)
+        changes = not torch.equal(without, plain)
+        _holds(
+            changes != site.inert,
+            f"site {name} is flagged inert: {site.inert}; deactivating {neuron} changed the "
+            f"logits: {changes}",
+        )
+        if not changes:
+            inert.append(name)
+        _holds(
+            torch.equal(_logits(vlm, inputs), plain),
+            f"leaving deactivate({neuron}) restores the logits bit for bit",
+        )
+    return tuple(inert)
