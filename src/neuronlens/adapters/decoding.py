@@ -104,8 +104,8 @@ class Decoding:
     def residual(self, output: object) -> Float[Tensor, "batch token *state"]:
         """The residual stream in what one of `layers` returned, ready for `logits`.
 
-        Models with DeepStack (Qwen3-VL, Granite 4 Vision, ...) add image features to it between some
-        layers: at image tokens, the next one is given more than this.
+        Models with DeepStack (Qwen3-VL, Granite 4 Vision, ...) add image features to it between
+        some layers: at image tokens, the next one is given more than this.
         """
         state = output if isinstance(output, Tensor) else cast(tuple[Tensor, ...], output)[0]
         return state.movedim(0, -2) if self.layout == "first" else state

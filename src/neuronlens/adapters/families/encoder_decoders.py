@@ -113,6 +113,12 @@ class T5Gemma2Adapter(EncoderDecoderAdapter):
         """The tower runs first, though the text model is listed before it."""
         return sorted(super().blocks(), key=lambda block: self.stack_of(block.path) != "vision")
 
+    @property
+    def placeholder_of_processor(self) -> int | None:
+        """The tokenizer's; what the processor calls so stands before the placeholders."""
+        found = getattr(getattr(self.processor, "tokenizer", None), "image_token_id", None)
+        return None if found is None else int(found)
+
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """One cell per patch; the language stream has means of several by several of them."""
         pixels = inputs["pixel_values"]
