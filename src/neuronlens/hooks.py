@@ -128,6 +128,11 @@ def hooked(modules: Mapping[str, nn.Module], hook: OutputHook) -> Iterator[set[s
         yield unseen
 
 
+def recomputing() -> bool:
+    """Whether autograd is running a checkpointed block once more, in a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def watched(model: nn.Module, before: CallHook, after: Callable[[], None]) -> Iterator[None]:
     """Call `before` with the named arguments of every call of `model`, and `after` it.

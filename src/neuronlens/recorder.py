@@ -16,7 +16,15 @@ from torch import Tensor
 from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, SiteSelection
 from neuronlens.errors import AdapterError, CaptureError
-from neuronlens.hooks import Point, attached, overheard, refuse_compiled, uncompiled, watched
+from neuronlens.hooks import (
+    Point,
+    attached,
+    overheard,
+    recomputing,
+    refuse_compiled,
+    uncompiled,
+    watched,
+)
 from neuronlens.neurons import NeuronSite
 from neuronlens.tokens import Role, TokenMap
 
@@ -58,6 +66,8 @@ def record(
     done: set[str] = set()
 
     def see(name: str, out: Activation) -> None:
+        if recomputing():
+            return
         site = chosen[name]
         if name in done:
             raise CaptureError(
@@ -423,6 +433,8 @@ class ActivationRecorder:
         self._encoder_inputs.clear()
 
     def _keep(self, name: str, out: Activation) -> None:
+        if recomputing():
+            return
         site = self.sites[name]
         grows = site.stream in self.adapter.growing
         if not self._open:

@@ -193,17 +193,18 @@ def _alone(vlm: ModelAdapter, inputs: Mapping[str, Any], sample: int) -> dict[st
             continue
         if not isinstance(value, Tensor) or not isinstance(mask, Tensor) or len(value) != len(ids):
             return None
-        own = inputs.get(name.replace("input_ids", "attention_mask"))
+        is_own = name.endswith(("input_ids", "attention_mask"))
+        own = inputs.get(name.replace("input_ids", "attention_mask")) if is_own else None
         is_text = value.ndim == 2 and not value.is_floating_point()
         kept: Any = slice(None)
         if is_text and isinstance(own, Tensor) and own.shape == value.shape:
             kept = own[sample].bool()
         elif is_text and value.shape == ids.shape:
             kept = mask[sample].bool()
-        elif value.ndim >= 2 and value.shape[1] == ids.shape[1]:
+        elif is_text and not is_own and value.shape[1] != ids.shape[1] and "image" not in name:
             return None
         row = value[sample : sample + 1]
-        alone[name] = row[:, kept] if is_text else row
+        alone[name] = row[:, kept] if isinstance(kept, Tensor) else row
     return alone
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neuronlens.adapters.decoding import Decoding, decoding_of
 from neuronlens.adapters.grids import ImageSize
-from neuronlens.adapters.taps import ActOutput, NeuronKind, Tap
+from neuronlens.adapters.taps import ActOutput, NeuronKind, Tap, weights_here
 from neuronlens.errors import AdapterError, UnknownNameError
 from neuronlens.hooks import refuse_compiled
 from neuronlens.neurons import Module, NeuronId, NeuronSite
@@ -259,7 +259,16 @@ class ModelAdapter(ABC):
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        return next(self.model.parameters()).device
+        first = next(self.model.parameters()).device
+        if first.type != "meta":
+            return first
+        for module in self.model.modules():  # accelerate keeps weights elsewhere meanwhile
+            hook: Any = getattr(module, "_hf_hook", None)
+            for each in getattr(hook, "hooks", (hook,)):
+                device = getattr(each, "execution_device", None)
+                if device is not None:
+                    return torch.device(device)
+        return first
 
     @property
     def dtype(self) -> torch.dtype:
@@ -283,11 +292,21 @@ class ModelAdapter(ABC):
         Products of one model carry it, so that they are not read beside another.
         """
         digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            flat = parameter.detach().flatten()
-            step = max(1, len(flat) // 64)
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(flat[::step][:64].to("cpu", torch.float32).numpy().tobytes())
+        seen: set[int] = set()
+        for path, module in self.model.named_modules():
+            names = [
+                name
+                for name, parameter in module.named_parameters(recurse=False)
+                if id(parameter) not in seen
+            ]
+            seen.update(id(parameter) for parameter in module.parameters(recurse=False))
+            with weights_here(module):
+                own = dict(module.named_parameters(recurse=False))
+                for name in names:
+                    flat = own[name].detach().flatten()
+                    step = max(1, len(flat) // 64)
+                    digest.update(f"{path}.{name} {tuple(own[name].shape)}".lstrip(".").encode())
+                    digest.update(flat[::step][:64].to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def require_eval(self) -> None:

@@ -188,7 +188,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _experts(path: str, block: Any) -> Block:
-    if type(block).__name__ == "Llama4TextExperts":
+    if "Llama4TextExperts" in type(block).__name__:
         return Block(path, "experts", DenseExperts(path), block.expert_dim, block.num_experts)
     count = int(block.down_proj.shape[0])
     return Block(path, "experts", Experts(path), expert_width(block), count)

@@ -186,8 +186,13 @@ class Functional:
         """The projection's output, through the function."""
         if kind == "down_input":
             return _input_of(model.get_submodule(self.down), LAST, see)
+
+        def look(call: Call) -> None:
+            with torch.no_grad():
+                see(self.act(call.out))
+
         return [
-            Point(model.get_submodule(self.before), lambda call: see(self.act(call.out))),
+            Point(model.get_submodule(self.before), look),
             # Its input is not needed, but a kernel that bypassed it would be noticed.
             Point(model.get_submodule(self.down), lambda call: None, before=True),
         ]
@@ -270,26 +275,26 @@ class Experts:
 
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """Before the block runs."""
-        block = model.get_submodule(self.path)
+        block = _readable(model, self.path)
         gate = _gate_of(block) if kind == "act_fn" else _product
 
         def look(call: Call) -> None:
             x, expert, _ = _routing(call)
-            with _weights_here(block):
+            with torch.no_grad(), weights_here(block):
                 see(_per_expert(block, x, expert, gate))
 
         return [Point(block, look, before=True)]
 
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
         """Adds the difference that the change makes to the block's output."""
-        block = model.get_submodule(self.path)
+        block = _readable(model, self.path)
         gate = _gate_of(block)
 
         def write(call: Call) -> Tensor:
             x, expert, weight = _routing(call)
             out: Tensor = call.out.clone()
             flat = out.reshape(-1, out.shape[-1])
-            with _weights_here(block):
+            with weights_here(block):
                 for number, index in change.neurons.items():
                     token, chosen = (expert == number).nonzero(as_tuple=True)
                     if number is None or len(token) == 0:
@@ -309,6 +314,22 @@ class Experts:
             return flat.reshape(out.shape)
 
         return [Point(block, write)]
+
+
+def _readable(model: nn.Module, path: str) -> nn.Module:
+    """The block of experts at `path`, if its weights are numbers that can be multiplied with."""
+    block = model.get_submodule(path)
+    for name, weight in block.named_parameters(recurse=False):
+        if weight.ndim == 3 and weight.dtype not in _NUMBERS:
+            raise AdapterError(
+                f"The experts at {path!r} ({type(block).__name__}) are stored as {weight.dtype} "
+                f"({name}), so their activations cannot be recomputed. Load the model dequantised "
+                "(for example with Mxfp4Config(dequantize=True)), or choose other sites."
+            )
+    return block
+
+
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _gate_of(block: Any) -> GateFunction:
@@ -341,7 +362,7 @@ def _product(block: Any, projected: Tensor) -> Tensor:
 def _routing(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     x, expert, weight = (*call.args, *call.kwargs.values())[:3]
     rows = x.reshape(-1, x.shape[-1])
-    return rows, expert.reshape(len(rows), -1), weight.reshape(len(rows), -1)
+    return rows, expert.reshape(-1, expert.shape[-1]), weight.reshape(-1, expert.shape[-1])
 
 
 def _in(block: Any, x: Float[Tensor, "row hidden"], expert: int) -> Tensor:
@@ -382,12 +403,15 @@ def _per_expert(
 
 def expert_width(block: Any) -> int:
     """Neurons of each expert."""
+    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
+        if isinstance(getattr(block, name, None), int):  # quantised weights have other shapes
+            return int(getattr(block, name))
     axis = 1 if getattr(block, "is_transposed", False) else 2
     return int(block.down_proj.shape[axis])
 
 
 @contextmanager
-def _weights_here(block: nn.Module) -> Iterator[None]:
+def weights_here(block: nn.Module) -> Iterator[None]:
     """Weights that accelerate keeps elsewhere are brought in for the length of the block."""
     if not hasattr(block, "_hf_hook"):
         yield
@@ -410,19 +434,19 @@ class DenseExperts:
 
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """The output of the experts' act_fn, expert by expert."""
-        block: Any = model.get_submodule(self.path)
+        block: Any = _readable(model, self.path)
 
         def look(call: Call) -> None:
-            with _weights_here(block):
+            with torch.no_grad(), weights_here(block):
                 x, gate, up = self._parts(block, _first(call))
-            act = block.act_fn(gate)
-            see(self._routed(x, act if kind == "act_fn" else up * act))
+                act = block.act_fn(gate)
+                see(self._routed(x, act if kind == "act_fn" else up * act))
 
         return [Point(block, look, before=True)]
 
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
         """Replaces the output of the experts' act_fn."""
-        block: Any = model.get_submodule(self.path)
+        block: Any = _readable(model, self.path)
 
         def write(call: Call) -> Tensor:
             new: Tensor = call.out.clone()

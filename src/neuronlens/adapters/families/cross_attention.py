@@ -28,7 +28,7 @@ def _page(image_processor: Any, original: ImageSize, size: ImageSize) -> Placeme
     """Donut's way with pages: shrunk until the page fits, then padded around the centre."""
     if getattr(image_processor, "do_crop_margin", False):
         return _nowhere(original)  # what was cropped depends on the page
-    turned = (original[0] > original[1]) != (size[0] > size[1]) and size[0] != size[1]
+    turned = (original[0] - original[1]) * (size[0] - size[1]) < 0  # one is wide, one is high
     if getattr(image_processor, "do_align_long_axis", False) and turned:
         return _nowhere(original)  # a box that was turned is no scaled one
     width, height = original
