@@ -1,7 +1,7 @@
-"""Write docs/models.md: what is known of each architecture, from running the models of tests/zoo.
+"""Write docs/models.md: what is known of each architecture, from the models of tests/zoo.
 
-python docs/generate_models.py. Facts come from tiny models, which are run, and from models of
-default size on the meta device, which are counted.
+`python docs/generate_models.py`. Tiny models are run, models of default size are counted on
+the meta device; docs/models.template has the prose.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import sys
 import tomllib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -23,43 +25,33 @@ import neuronlens as nl
 
 DOCS = Path(__file__).resolve().parent
 PAGE = DOCS / "models.md"
+OFFICIAL = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-from real import reals  # noqa: E402 - these are in tests
+from real import reals  # noqa: E402 - it is in tests
 from zoo import Entry, entries  # noqa: E402
 
 ADDED: dict[str, dict[str, Any]] = {
-    "aya_vision": {"vision_config": {"num_attention_heads": 16}},
+    "aya_vision": {"vision_config.num_attention_heads": 16},
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
     "cohere_compass": {
-        "text_config": {
-            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        "text_config.rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0}
         }
     },
     "emu3": {"vocabulary_map": {"<image>": 151851}},
-    "gemma4": {"vision_config": {}},
-    "gemma4_unified": {"vision_config": {}},
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
-    "perception_lm": {
-        "vision_config": {
-            "architecture": "vit_pe_core_large_patch14_336",
-            "model_args": {"embed_dim": 1024},
-        }
-    },
+    "gemma4": {"vision_config": transformers.Gemma4VisionConfig()},
+    "gemma4_unified": {"vision_config": transformers.Gemma4UnifiedVisionConfig()},
+    "hunyuan_vl": {"text_config.head_dim": 128},
     "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 4,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 128,
-            "indexer_budget": 2048,
-            "indexer_compress_ratio": 32,
-        }
+        "text_config.indexer_n_heads": 4,
+        "text_config.indexer_kv_heads": 1,
+        "text_config.indexer_head_dim": 256,
+        "text_config.indexer_budget": 2048,
+        "text_config.indexer_compress_ratio": 32,
     },
 }
-"""What the default config of an architecture lacks, where it does not set the count itself.
-
-Perception LM's is the exception: its vision part has no default, this is that of its 1B model.
-"""
+"""What a default config lacks, where this says nothing of the number of neurons."""
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -68,6 +60,7 @@ LLAMA_7B = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
+INTERNLM_7B = LLAMA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaVA 1.5 7B": ("LlavaForConditionalGeneration", {}),
     "LLaVA-NeXT Vicuna 7B": ("LlavaNextForConditionalGeneration", {}),
@@ -75,58 +68,52 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "InstructBlipForConditionalGeneration",
         {"text_config": LLAMA_7B},
     ),
-    "InternVL 2.5 8B": (
-        "InternVLForConditionalGeneration",
-        {"text_config": LLAMA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8}},
-    ),
+    "InternVL 2.5 8B": ("InternVLForConditionalGeneration", {"text_config": INTERNLM_7B}),
 }
-"""Published models: class, and what of their config is not the default."""
+"""Published models: the class, and what of their config is not the default."""
 
+OTHER, APPROXIMATE, QUERIES, NONE = (
+    "Other models",
+    "Approximate regions",
+    "Learned queries",
+    "No image tokens",
+)
 KINDS = {
-    "One grid for each image": ("llava", "gemma"),
+    "One grid": ("llava", "gemma"),
     "Images of any size": ("qwen", "dynamic", "native", "gemma4", "inkling", "FuyuAdapter"),
-    "Tiles and views": ("tiles", "anyres", "thumbnails", "views", "minicpm", "molmo"),
+    "Tiles": ("tiles", "anyres", "thumbnails", "views", "minicpm", "molmo"),
 }
-"""Groups of architectures whose image tokens see one region, by adapter or the adapter's file."""
+"""Headings for architectures whose image tokens see one region: adapters, or files of them."""
 
-APPROXIMATE = "Approximate regions"
-QUERIES = "Learned queries"
-NONE = "No image tokens"
-OTHER = "Other"
-
-INTRODUCTIONS = {
-    "One grid for each image": "An image is resized to one size and becomes one grid of tokens.",
-    "Images of any size": "An image keeps its shape, and becomes more tokens the larger it is.",
-    "Tiles and views": "An image is cut into tiles, mostly with a small view of all of it.",
-    OTHER: "Encoder-decoders, and images before the text.",
+GROUPS = {
+    "One grid": "An image becomes one grid of tokens, of the same size for every image.",
+    "Images of any size": "The larger the image, the more tokens it becomes; it is not cut.",
+    "Tiles": "An image is cut into tiles, mostly with a small view of the whole.",
+    OTHER: "Image tokens that see one region, in places of their own.",
     APPROXIMATE: (
-        "Convolutions see past the edge of a token's cell. Everything in its box changes a token; "
-        "some pixels around it may too."
+        "Image tokens see a little more than their box, through convolutions. All of the box was "
+        "found to change the token; some pixels around it may, too."
     ),
-    QUERIES: (
-        "Each image token depends on the whole image, so it has no box (NaN). The tokens of the "
-        "vision part have boxes where the column says so."
-    ),
-    NONE: (
-        "No token of the language stream is an image's. Boxes are those of the vision part's "
-        "tokens, where there are any."
-    ),
+    QUERIES: "Each image token depends on the whole image, so it has no box (NaN).",
+    NONE: "No token of the language stream is an image's.",
 }
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a tiny model says when it is run.
+    """What a tiny model tells when it is run.
 
     Attributes:
+        registered: Whether its type has an adapter.
         tokens: How images are in the language stream.
-        boxes: What image tokens see, and whether that is exact.
-        group: Heading that the architecture stands under.
+        boxes: What image tokens see.
+        group: Heading of the architecture's table.
         text_model: Type of the language model in it.
-        needs: Packages beside transformers that its parts come from.
+        needs: Packages beside torch and transformers that its modules come from.
         inert, conditional: Names of the sites with that flag.
     """
 
+    registered: bool
     tokens: str
     boxes: str
     group: str
@@ -136,21 +123,22 @@ class Facts:
     conditional: tuple[str, ...]
 
 
-def tiny_facts(entry: Entry) -> Facts:
-    """Run the tiny model's adapter on its images."""
+def facts_of(entry: Entry) -> Facts:
+    """Adapt the tiny model and map the tokens of its images."""
     adapter = nl.adapt(entry.model())
     images = entry.images()
     inputs = entry.inputs(adapter.model, images)
     sizes = [[(image.shape[2], image.shape[1]) for image in row] for row in images]
     maps = adapter.tokens(inputs, sizes)
     tokens, boxes = _image_tokens(adapter, inputs, maps), _boxes(entry, maps, len(images))
-    parts = {type(module).__module__.split(".")[0] for module in adapter.model.modules()}
+    packages = {type(module).__module__.split(".")[0] for module in adapter.model.modules()}
     return Facts(
+        registered=not isinstance(adapter, nl.adapters.StructuralAdapter),
         tokens=tokens,
         boxes=boxes,
         group=_group(adapter, tokens, boxes),
         text_model=entry.config().get_text_config().model_type,
-        needs=tuple(sorted(parts - {"torch", "transformers"})),
+        needs=tuple(sorted(packages - {"torch", "transformers"})),
         inert=flagged(adapter, "inert"),
         conditional=flagged(adapter, "conditional"),
     )
@@ -168,35 +156,27 @@ def _image_tokens(adapter: Any, inputs: Mapping[str, Any], maps: Mapping[str, nl
         elsewhere = any((each.role == nl.Role.VISUAL).any() for each in maps.values())
         return "none: cross-attention" if elsewhere else "none: no image"
     if adapter.prefixes_images:
-        lengths = visual.sum(1)
-        first = torch.arange(visual.shape[1]) < lengths[:, None]
-        said = "before the text" if torch.equal(visual, first) else "on words and behind the text"
+        leading = torch.arange(visual.shape[1]) < visual.sum(1, keepdim=True)
+        text = "before the text" if torch.equal(visual, leading) else "on words, and after the text"
     else:
         ids = adapter.text(inputs)
         here = adapter.placeholders(inputs, ids)
-        said = "placeholders"
-        if (role[here] == nl.Role.SPECIAL).any():
-            said += " + markers"
-        if (role[here] == nl.Role.PAD).any():
-            said += " + padding"
+        text = "placeholders"
+        text += " + markers" if (role[here] == nl.Role.SPECIAL).any() else ""
+        text += " + padding" if (role[here] == nl.Role.PAD).any() else ""
         if not torch.isin(ids[here], torch.tensor(adapter.placeholder_ids())).all():
-            said += ", told by a mask"
-    return said if adapter.answer_stream == "language" else f"{said}, in the encoder"
+            text += ", told by a mask"
+    return text if adapter.answer_stream == "language" else f"{text}, in the encoder"
 
 
 def _boxes(entry: Entry, maps: Mapping[str, nl.TokenMap], images: int) -> str:
-    def counted(tokens: nl.TokenMap) -> tuple[int, int]:
-        visual = tokens.role == nl.Role.VISUAL
-        seen = visual & ~tokens.box.isnan().any(-1)
-        return int(seen.sum()), int(visual.sum())
-
-    seen, visual = counted(maps["language"])
-    if not seen:
-        inside = any(counted(each)[0] for each in maps.values())
-        return "vision part only" if inside else "none"
-    said = "approximate" if entry.overlap else "one region"
-    without = (visual - seen) // images
-    return f"{said}; none for {without} token an image" if without else said
+    visual = {name: tokens.role == nl.Role.VISUAL for name, tokens in maps.items()}
+    seen = {name: visual[name] & ~maps[name].box.isnan().any(-1) for name in maps}
+    if not seen["language"].any():
+        return "vision part only" if any(each.any() for each in seen.values()) else "none"
+    text = "approximate" if entry.overlap else "one region"
+    without = int((visual["language"] & ~seen["language"]).sum()) // images
+    return f"{text}; {without} of each image: none" if without else text
 
 
 def _group(adapter: nl.ModelAdapter, tokens: str, boxes: str) -> str:
@@ -207,49 +187,51 @@ def _group(adapter: nl.ModelAdapter, tokens: str, boxes: str) -> str:
     if not boxes.startswith("one region"):
         return QUERIES
     names = (type(adapter).__name__, type(adapter).__module__.split(".")[-1])
-    return next((kind for name in names for kind, known in KINDS.items() if name in known), OTHER)
+    found = (kind for name in names for kind, known in KINDS.items() if name in known)
+    return next(found, OTHER)
 
 
-def on_meta(cls: str, changes: Mapping[str, Any] | None = None) -> nl.ModelAdapter:
-    """A model of default size, but for some changes, without its weights."""
-    model_class = getattr(transformers, cls)
-    default = model_class.config_class
-    changed = {
-        key: _completed(default, key, value) if key.endswith("_config") else value
-        for key, value in (changes or {}).items()
-    }
+def on_meta(cls: Any, config: Any) -> nl.ModelAdapter:
+    """The adapter of a model without weights."""
     with torch.device("meta"):
-        model = model_class._from_config(default(**changed))
+        model = cls._from_config(config)
     return nl.adapt(model)
 
 
-def _completed(config_class: Any, key: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """The default of a part of a config, with changes; as it is if it is another model's."""
-    part = getattr(config_class(), key)
-    if part is None or "model_type" in value:
-        return dict(value)
-    kept = {} if part.model_type == "timm_wrapper" else part.to_diff_dict()
-    return {"model_type": part.model_type, **kept, **value}
+def published(name: str) -> nl.ModelAdapter:
+    """The adapter of a published model, without its weights."""
+    cls_name, changes = PUBLISHED[name]
+    cls = getattr(transformers, cls_name)
+    return on_meta(cls, cls.config_class(**changes))
 
 
 def default_size(entry: Entry) -> tuple[nl.ModelAdapter | None, str]:
-    """The model of default size, and what is to be said of its config."""
+    """The adapter at the size of the default config, and what is to be said of that config."""
+    cls = getattr(transformers, entry.cls)
+    config = cls.config_class()
     try:
-        return on_meta(entry.cls), ""
+        return on_meta(cls, config), ""
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        why = f"Its default config does not do: {_reason(error)}."
+        said = f"The default config is incomplete: {_reason(error)}."
     if entry.name not in ADDED:
-        return None, why
-    return on_meta(entry.cls, ADDED[entry.name]), f"{why} Counted with `{ADDED[entry.name]}`."
+        return None, said
+    for path, value in ADDED[entry.name].items():
+        *parts, last = path.split(".")
+        setattr(reduce(getattr, parts, config), last, value)
+    added = ", ".join(f"{path} = {_shown(value)}" for path, value in ADDED[entry.name].items())
+    return on_meta(cls, config), f"{said} Counted with `{added}`."
+
+
+def _shown(value: Any) -> str:
+    is_config = isinstance(value, transformers.PretrainedConfig)
+    return f"{type(value).__name__}()" if is_config else repr(value)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, nl.NeuronLensError):
-        return str(error).rstrip(".")
+    text = str(error).replace("`", "").rstrip(".")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "transformers" in f.filename]
-    line = frames[-1].line or ""
-    said = str(error).replace("`", "").rstrip(".")
-    return said if line.startswith("raise") else f"{said} (`{line}`)"
+    line = (frames[-1].line if frames else None) or "raise"
+    return text if line.startswith("raise") else f"{text} in `{line}`"
 
 
 def _count(adapter: nl.ModelAdapter | None, *modules: str) -> str:
@@ -259,136 +241,106 @@ def _count(adapter: nl.ModelAdapter | None, *modules: str) -> str:
     cell = []
     for module in modules:
         sites = [site for site in adapter.sites.values() if site.module == module]
-        if not sites:
-            continue
         kinds = Counter((site.experts, site.width) for site in sites)
         terms = [
-            f"{times} × {f'{experts} × ' if experts else ''}{width:,}"
-            for (experts, width), times in kinds.items()
+            f"{layers} × {f'{experts} × ' if experts else ''}{width:,}"
+            for (experts, width), layers in kinds.items()
         ]
-        how = " + ".join(terms) if len(terms) <= 3 else f"{len(sites)} sites"
-        name = {"qformer": "Q-Former ", "action": "action "}.get(module, "")
-        cell.append(f"{name}{sum(site.neurons for site in sites):,}<br><small>{how}</small>")
+        kind = {"qformer": "Q-Former ", "action": "action "}.get(module, "")
+        kind = kind if len(modules) > 1 else ""
+        if sites:
+            terms = terms if len(terms) <= 3 else [f"{len(sites)} sites"]
+            total = sum(site.neurons for site in sites)
+            cell.append(f"{kind}{total:,}<br><small>{' + '.join(terms)}</small>")
     return "<br>".join(cell) or "–"
 
 
 def _name(entry: Entry) -> str:
-    """Name and class; the class may be broken before its ending."""
-    cls = entry.cls
-    for ending in ("ForConditionalGeneration", "ForCausalLM", "ForImageClassification"):
-        cls = cls.replace(ending, f"<wbr>{ending}")
+    """Name and class, which may be broken before its ending."""
+    cls = "<wbr>For".join(entry.cls.rsplit("For", 1))
     return f"`{entry.name}`<br><small>{cls}</small>"
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _sentence(text: str) -> str:
-    text = text.strip()
-    return text and text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
-def _notes(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None, config: str) -> str:
+def notes_of(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None, config: str = "") -> str:
     """What is to be said of an architecture below its table."""
-    said = [_sentence(entry.note)]
-    for flag, tiny, text in (
-        ("inert", facts.inert, "Inert"),
-        ("conditional", facts.conditional, "Run only with an image"),
-    ):
-        names = flagged(adapter, flag) if adapter else tiny
-        if names:
-            size = "" if adapter else " in the tiny model"
-            said.append(f"{text}{size}: {_sites(names)}.")
+    note = entry.note.strip().rstrip(".")
+    said = [f"{note[0].upper()}{note[1:]}."] if note else []
+    for flag, title in (("inert", "Inert"), ("conditional", "Left out without an image")):
+        names = flagged(adapter, flag) if adapter else getattr(facts, flag)
+        shown = [f"`{name}`" for name in names]
+        shown = shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]]
+        size = "" if adapter else " in the tiny model"
+        said += [f"{title}{size}: {', '.join(shown)}."] if names else []
     said += [f"Needs the package `{package}`." for package in facts.needs]
-    return " ".join(each for each in [*said, config] if each)
+    return " ".join([*said, config]).strip()
 
 
-def _sites(names: tuple[str, ...]) -> str:
-    shown = [f"`{name}`" for name in names]
-    return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", shown[-1]])
+def _by_note(notes: Mapping[str, str]) -> str:
+    """A line for each note, with the names that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        names.setdefault(note, []).append(f"`{name}`")
+    return "\n".join(f"- {', '.join(names[note])}: {note}" for note in names if note)
 
 
-def _by_note(notes: Iterable[tuple[str, str]]) -> str:
-    """One line for each note, with the names it holds for."""
-    by_note: dict[str, list[str]] = {}
-    for name, note in notes:
-        if note:
-            by_note.setdefault(note, []).append(f"`{name}`")
-    return "\n".join(f"- {', '.join(names)}: {note}" for note, names in by_note.items())
-
-
-def published(name: str) -> nl.ModelAdapter:
-    """A published model without its weights."""
-    cls, changes = PUBLISHED[name]
-    return on_meta(cls, changes)
-
-
-def page(say: Callable[[str], None] = lambda text: None) -> str:
-    """The page; `say` is told each architecture's name."""
-    zoo, official = entries(), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    facts, main, notes = {}, {}, {}
-    headings = [*KINDS, OTHER, APPROXIMATE, QUERIES, NONE]
-    for name, entry in zoo.items():
-        say(name)
-        facts[name] = tiny_facts(entry)
-        if name not in official:
-            continue
-        adapter, config = default_size(entry)
-        notes[name] = _notes(entry, facts[name], adapter, config)
-        main[name] = [
-            _name(entry),
+def page() -> str:
+    """The page, from scratch."""
+    zoo = entries()
+    facts = {name: facts_of(entry) for name, entry in zoo.items()}
+    rows, notes = {}, {}
+    for name in sorted(OFFICIAL & set(zoo)):
+        adapter, config = default_size(zoo[name])
+        notes[name] = notes_of(zoo[name], facts[name], adapter, config)
+        rows[name] = [
+            _name(zoo[name]),
             _count(adapter, "vision"),
             _count(adapter, "projector", "qformer"),
             _count(adapter, "language", "action"),
             facts[name].tokens,
             facts[name].boxes,
         ]
-    head = [
-        "architecture", "vision", "projector, Q-Former", "language", "image tokens", "boxes",
-    ]  # fmt: skip
+    head = ["architecture", "vision", "projector", "language", "image tokens", "boxes"]
     groups = []
-    for heading in headings:
-        here = [name for name in main if facts[name].group == heading]
-        groups += [
-            f"### {heading}\n\n{INTRODUCTIONS[heading]}",
-            _table(head, (main[name] for name in here)),
-            _by_note((name, notes[name]) for name in here),
-        ]
-    others = [name for name in zoo if name not in official]
-    variants = _table(
-        ["variant", "language model", "image tokens", "boxes"],
-        (
-            [_name(zoo[name]), f"`{facts[name].text_model}`", facts[name].tokens, facts[name].boxes]
-            for name in others
-        ),
-    )
+    for heading in (*KINDS, OTHER, APPROXIMATE, QUERIES, NONE):
+        here = [name for name in rows if facts[name].group == heading]
+        table = _table(head, [rows[name] for name in here])
+        below = _by_note({name: notes[name] for name in here})
+        groups += [f"### {heading}", GROUPS[heading], table, below]
+    variants = [name for name in zoo if name not in OFFICIAL]
     counts = []
     for name in PUBLISHED:
         adapter = published(name)
         modules = ("vision", "projector", "qformer", "language")
         total = sum(site.neurons for site in adapter.sites.values())
         counts.append([name, *(_count(adapter, module) for module in modules), f"{total:,}"])
-    processed = {name.split()[0].split("+")[0] for name in reals()} & set(main)
+    processed = {name.split()[0].split("+")[0] for name in reals()}
     project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    needed = next(d for d in project["project"]["dependencies"] if d.startswith("transformers"))
-    return TEMPLATE.format(
+    needed = [d for d in project["project"]["dependencies"] if d.startswith("transformers")]
+    return Template((DOCS / "models.template").read_text(encoding="utf-8")).substitute(
         version=transformers.__version__,
-        needed=needed,
-        covered=len(main),
-        official=len(official),
-        variants=len(others),
-        text_models=", ".join(
-            f"`{each}`" for each in sorted({f.text_model for f in facts.values()})
+        needed=needed[0],
+        covered=sum(facts[name].registered for name in rows),
+        official=len(OFFICIAL),
+        variants=len(variants),
+        text_models=len({each.text_model for each in facts.values()}),
+        processed=len(set(rows) & processed),
+        unprocessed=", ".join(f"`{name}`" for name in rows if name not in processed),
+        groups="\n\n".join(filter(None, groups)),
+        variant_table=_table(
+            ["variant", "language model", *head[4:]],
+            [
+                [_name(zoo[name]), f"`{each.text_model}`", each.tokens, each.boxes]
+                for name, each in facts.items()
+                if name in variants
+            ],
         ),
-        processed=len(processed),
-        unprocessed=", ".join(f"`{name}`" for name in sorted(set(main) - processed)),
-        groups="\n\n".join(groups),
-        variant_table=variants,
-        variant_notes=_by_note((name, _notes(zoo[name], facts[name], None, "")) for name in others),
-        counts=_table(["model", "vision", "projector", "Q-Former", "language", "in all"], counts),
+        variant_notes=_by_note({name: notes_of(zoo[name], facts[name], None) for name in variants}),
+        counts=_table(["model", *head[1:3], "Q-Former", "language", "in all"], counts),
     )
 
 

@@ -62,6 +62,11 @@ def first_input(real: Real, model: Any, batch: Any, unmixed: bool = False) -> Te
     return kept[0]
 
 
+def moved_between(before: Tensor, after: Tensor) -> Tensor:
+    """Which tokens differ by more than rounding: experts in a tower are shared by all images."""
+    return (before - after).abs().amax(-1) > 1e-4
+
+
 @pytest.fixture(scope="module", params=sorted(REAL))
 def real(request: Any) -> Real:
     return REAL[request.param]
@@ -104,7 +109,7 @@ def test_visual_tokens_are_those_that_depend_on_the_photo(real: Real, vlm: nl.Mo
     ]
     before, after = (first_input(real, vlm.model, batch) for batch in batches)
     visual = batches[0].tokens["language"].role == nl.Role.VISUAL
-    assert torch.equal((before != after).any(-1).reshape(visual.shape), visual)
+    assert torch.equal(moved_between(before, after).reshape(visual.shape), visual)
     assert bool(visual.any()) == (real.spatial != "none")
     if real.spatial == "none":
         return
@@ -141,7 +146,7 @@ def test_boxes_are_where_the_photo_moves_tokens(
     ]:
         other = nl.encode(vlm, [sample(real, changed(image, region))], template=real.template)
         after = first_input(real, vlm.model, other, unmixed=True)
-        moved = (after != plain).any(-1).flatten()
+        moved = moved_between(after, plain).flatten()
 
         def overlaps(box: Tensor, grow: float, region: tuple[int, int, int, int]) -> Tensor:
             left, top, right, bottom = region
@@ -173,5 +178,5 @@ def test_two_photos_in_one_sample_are_numbered(real: Real, vlm: nl.ModelAdapter)
         pictures = list(images)
         pictures[which] = changed(images[which], (0, 0, *images[which].size))
         other = nl.encode(vlm, [sample(real, *pictures)], template=real.template)
-        moved = (first_input(real, vlm.model, other) != plain).any(-1)
+        moved = moved_between(first_input(real, vlm.model, other), plain)
         assert torch.equal(moved.flatten(), (tokens.image == which).flatten())

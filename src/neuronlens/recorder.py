@@ -92,7 +92,7 @@ def record(
         sink.take(site, whole, there)
 
     refuse_compiled(adapter.model)
-    with attached(_reading(adapter, chosen, see), _conditional(chosen)):
+    with uncompiled(), attached(_reading(adapter, chosen, see), _conditional(chosen)):
         yield
     for name, parts in waiting.items():
         if parts and name not in done:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, adapt
+from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point, attached
 from neuronlens.intervene import deactivate
 from neuronlens.neurons import NeuronId, NeuronSite
@@ -33,8 +35,8 @@ class Checked:
         boxes: How many of them see one region.
         inert: Sites whose deactivation changed nothing, all of them flagged.
         padded: Padding tokens of the language stream.
-        single: Whether samples could be run by themselves; not where a batch's patches are
-            packed together.
+        single: Whether batched = single could be told; not where a batch's patches are packed
+            together, or the model's own logits depend on what it is batched with.
     """
 
     sites: tuple[NeuronSite, ...]
@@ -99,7 +101,7 @@ def check_adapter(
     _check_sites(vlm, activations, tokens)
     _check_sink(vlm, inputs, activations, tokens)
     padded = _check_padding(vlm, inputs, tokens)
-    single = _check_single(vlm, inputs, activations, tokens, rtol, atol)
+    single = _check_single(vlm, inputs, plain, activations, tokens, rtol, atol)
     _check_visual(vlm, inputs, tokens)
     inert = _check_deactivation(vlm, inputs, plain, activations)
     language = tokens["language"]
@@ -193,13 +195,14 @@ def _alone(vlm: ModelAdapter, inputs: Mapping[str, Any], sample: int) -> dict[st
             continue
         if not isinstance(value, Tensor) or not isinstance(mask, Tensor) or len(value) != len(ids):
             return None
-        is_own = name.endswith(("input_ids", "attention_mask"))
-        own = inputs.get(name.replace("input_ids", "attention_mask")) if is_own else None
+        texts = name.replace("attention_mask", "input_ids")
+        is_own = texts.endswith("input_ids") and texts in inputs
+        own = inputs.get(texts.replace("input_ids", "attention_mask")) if is_own else None
         is_text = value.ndim == 2 and not value.is_floating_point()
         kept: Any = slice(None)
         if is_text and isinstance(own, Tensor) and own.shape == value.shape:
             kept = own[sample].bool()
-        elif is_text and value.shape == ids.shape:
+        elif (is_text or value.ndim == 3) and value.shape[:2] == ids.shape:
             kept = mask[sample].bool()
         elif is_text and not is_own and value.shape[1] != ids.shape[1] and "image" not in name:
             return None
@@ -211,6 +214,7 @@ def _alone(vlm: ModelAdapter, inputs: Mapping[str, Any], sample: int) -> dict[st
 def _check_single(
     vlm: ModelAdapter,
     inputs: Mapping[str, Any],
+    plain: Tensor,
     activations: Mapping[str, Activation],
     tokens: Mapping[str, TokenMap],
     rtol: float,
@@ -221,6 +225,16 @@ def _check_single(
         alone = _alone(vlm, inputs, sample)
         if alone is None:
             return False
+        try:
+            logits = _logits(vlm, alone)[0]
+        except (RuntimeError, ValueError, IndexError):  # its images cannot be told from the others'
+            return False
+        attended = tokens["language"].role[sample] != Role.PAD
+        beside = plain[sample]
+        if len(beside) == len(attended):
+            beside = beside[attended.to(beside.device)]
+        if logits.shape != beside.shape or not torch.allclose(logits, beside, rtol, atol):
+            return False  # the model itself gives another answer beside padding
         with torch.no_grad(), ActivationRecorder(vlm, list(activations)) as recorder:
             vlm.model(**alone)
         for name, out in recorder.activations.items():
@@ -238,7 +252,11 @@ def _check_single(
 def _first_input(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor | None:
     """What goes into the first layer of the language stack; None if it is not in a list."""
     site = next(site for site in vlm.sites.values() if site.stream == "language")
-    layer = re.match(r".*?\.\d+(?=\.)", site.path)
+    found = re.match(r".*?\.\d+(?=\.)", site.path)
+    layer = found.group() if found else None
+    if vlm.answer_stream == "language":
+        with suppress(AdapterError):  # the first layer may have no feed-forward block
+            layer = vlm.decoding.layers[0]
     if layer is None:
         return None
     seen: list[Tensor] = []
@@ -246,10 +264,19 @@ def _first_input(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor | None:
     def keep(call: Call) -> None:
         seen.append((call.args[0] if call.args else call.kwargs["hidden_states"]).clone())
 
-    point = Point(vlm.model.get_submodule(layer.group()), keep, before=True)
-    with torch.no_grad(), attached({layer.group(): [point]}):
+    point = Point(vlm.model.get_submodule(layer), keep, before=True)
+    with torch.no_grad(), attached({layer: [point]}):
         vlm.model(**inputs)
     return seen[0]
+
+
+def _by_token(moved: Tensor, shape: torch.Size) -> Tensor:
+    """`[batch, token]`, where the model carries several streams per token beside these axes."""
+    if moved.ndim == 3 and moved.shape[:2] == shape:
+        return moved.any(2)
+    if moved.ndim == 3 and moved.shape[1:] == shape:
+        return moved.any(0)
+    return moved.reshape(shape)
 
 
 def _check_visual(
@@ -276,7 +303,12 @@ def _check_visual(
         }
         now = _first_input(vlm, {**inputs, **other})
         assert now is not None
-        moved |= (now != plain).any(-1).cpu().reshape(role.shape)
+        moved |= _by_token((now != plain).any(-1).cpu(), role.shape)
+    # What fills up an image may stand at a marker, and is changed like a pixel here.
+    ids = inputs[vlm.text_input].cpu()
+    markers = torch.isin(ids, torch.tensor(vlm.placeholder_ids(), dtype=ids.dtype))
+    if markers.shape == moved.shape:
+        moved &= ~(markers & (role == Role.SPECIAL))
     _holds(
         torch.equal(moved, role == Role.VISUAL),
         "VISUAL is exactly where the first language layer's input moves with the pixels; it "

@@ -232,12 +232,16 @@ class ModelAdapter(ABC):
         Each begins with the decoder's start token and is padded on the right.
         """
         tokenizer = self.processor.tokenizer
-        config = self._config.get_text_config(decoder=True)
         pad = tokenizer.pad_token_id or 0
-        start = getattr(config, "decoder_start_token_id", None)
-        start = getattr(self._config, "decoder_start_token_id", None) if start is None else start
-        if start is None:
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad
+        said = [
+            getattr(config, "decoder_start_token_id", None)
+            for config in (
+                getattr(self.model, "generation_config", None),
+                self._config.get_text_config(decoder=True),
+                self._config,
+            )
+        ]
+        start = next((each for each in (*said, tokenizer.bos_token_id) if each is not None), pad)
         ids = [
             torch.tensor([start, *tokenizer(answer, add_special_tokens=False)["input_ids"]])
             for answer in answers

@@ -273,7 +273,7 @@ def _tried(block: nn.Module, names: Sequence[str]) -> tuple[str, str, str | None
 # Tokens by experiment.
 
 
-class _Reached(Exception):
+class _FirstLayerReachedError(Exception):
     """The first language layer was reached: the rest of the forward is not needed."""
 
 
@@ -307,14 +307,14 @@ class _Experiment:
         return names[0]
 
     def run(self, pixels: Tensor, *, mixing: bool) -> dict[str, Tensor]:
-        """Each stream's tokens `[row, ...]`: the language input, or the first block's activations."""
+        """By stream, the language model's input or the first block's activations, `[*axes, n]`."""
         model = self.adapter.model
         seen: dict[str, list[Tensor]] = {}
 
         def reached(call: Call) -> None:
             hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
             seen["language"] = [hidden.clone()]
-            raise _Reached
+            raise _FirstLayerReachedError
 
         def keep(stream: str) -> Callable[[Any], None]:
             return lambda out: seen.setdefault(stream, []).append(out.clone())
@@ -328,7 +328,7 @@ class _Experiment:
             for path in self._mixers():
                 points[path] = [Point(model.get_submodule(path), _silence)]
         inputs = self.inputs | {self.pixels: pixels}
-        with torch.no_grad(), suppress(_Reached), attached(points):
+        with torch.no_grad(), suppress(_FirstLayerReachedError), attached(points):
             model(**inputs)
         if "language" not in seen:
             raise AdapterError(
@@ -392,14 +392,15 @@ class _Experiment:
             language.sample.flatten()[flat],
         )
         seen = (~at.box.isnan().any(-1)).sum()
+        silent = sorted({path.split(".")[-1] for path in self._mixers()})
         self.adapter._say(
             f"visual tokens: the {int(flat.sum())} positions whose input to {self.first!r} moves "
             f"with the pixels of {self.pixels} {tuple(pixels.shape)}"
         )
         self.adapter._say(
             f"boxes: {int(seen)} of {int(flat.sum())} visual tokens see one region, by changing "
-            "the image in stripes while the vision layers' "
-            f"{', '.join(sorted({p.split('.')[-1] for p in self._mixers()})) or 'mixers'} were silent"
+            f"the image in stripes while the vision layers' {', '.join(silent) or 'mixers'} were "
+            "silent"
         )
         return here, Seen([(width, height)] * images, at if len(at.role) else None, grids)
 

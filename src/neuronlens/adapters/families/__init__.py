@@ -2,13 +2,16 @@
 
 from neuronlens.adapters.families import (
     anyres,
+    blip_qformer,
     convolutional,
     cross_attention,
     dynamic,
     encoder_decoders,
+    gated_attention,
     gemma,
     gemma4,
     inkling,
+    kosmos,
     llava,
     minicpm,
     molmo,
@@ -23,13 +26,16 @@ from neuronlens.adapters.families import (
 
 __all__ = [
     "anyres",
+    "blip_qformer",
     "convolutional",
     "cross_attention",
     "dynamic",
     "encoder_decoders",
+    "gated_attention",
     "gemma",
     "gemma4",
     "inkling",
+    "kosmos",
     "llava",
     "minicpm",
     "molmo",

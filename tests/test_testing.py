@@ -1,0 +1,136 @@
+"""The suite for third parties: it passes for right adapters, and names what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import neuronlens as nl
+import strangers
+from neuronlens import testing
+from neuronlens.adapters import StructuralAdapter
+from neuronlens.adapters.families.llava import LlavaAdapter
+from neuronlens.testing import check_adapter
+from zoo import entries
+
+ZOO = entries()
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_every_architecture_passes(name):
+    entry = ZOO[name]
+    model = entry.model()
+    found = check_adapter(model, entry.inputs(model, entry.images()))
+    assert (found.visual > 0) == (entry.spatial != "none")
+    assert (found.boxes > 0) == (entry.spatial == "region")
+    assert found.padded > 0
+    assert set(found.inert) == {site.name for site in found.sites if site.inert}
+
+
+@pytest.mark.parametrize(
+    ("model", "per_image"), [(strangers.intern_chat, 2), (strangers.first_qwen, 3)]
+)
+def test_models_nobody_registered_pass(model, per_image):
+    images = torch.rand(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+    found = check_adapter(model(), strangers.inputs(images, per_image))
+    assert found.visual == 2 * per_image
+    assert found.single
+
+
+def llava():
+    model = ZOO["llava"].model()
+    return model, ZOO["llava"].inputs(model, ZOO["llava"].images())
+
+
+def broken(change):
+    model, inputs = llava()
+    return change(model), inputs
+
+
+class NoInert(LlavaAdapter):
+    def is_inert(self, stack, layer, last):
+        return False
+
+
+class Shifted(LlavaAdapter):
+    """Visual tokens one position too far."""
+
+    def placeholders(self, inputs, ids):
+        return super().placeholders(inputs, ids).roll(1, 1)
+
+
+class PadForgotten(LlavaAdapter):
+    def text_roles(self, ids, attention=None):
+        return super().text_roles(ids)
+
+
+class WrongWidth(LlavaAdapter):
+    def tokens(self, inputs, originals=None):
+        maps = super().tokens(inputs, originals)
+        maps["projector"] = maps["vision"]
+        return maps
+
+
+class Doubled(LlavaAdapter):
+    """A site that does not run."""
+
+    def find_sites(self):
+        for site in super().find_sites():
+            if site.module == "projector":
+                self.model.never = torch.nn.GELU()
+                self.taps.pop(site.name)
+                site = type(site)(
+                    site.name, site.module, site.layer, site.width, "never", site.stream
+                )
+            yield site
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        (NoInert, r"site vision\.1 is flagged inert: False"),
+        (Shifted, "VISUAL is exactly where"),
+        (PadForgotten, "PAD is exactly where attention_mask is 0"),
+    ],
+)
+def test_a_law_that_does_not_hold_is_named(family, said):
+    model, inputs = llava()
+    with pytest.raises(AssertionError, match=said):
+        check_adapter(family(model), inputs)
+
+
+def test_a_stream_of_another_length_and_a_site_that_never_runs_are_errors_of_the_recorder():
+    for family, said in [(WrongWidth, "has .* tokens"), (Doubled, "never ran: projector")]:
+        model, inputs = llava()
+        with pytest.raises(nl.NeuronLensError, match=said):
+            check_adapter(family(model), inputs)
+
+
+def test_a_recorder_that_changed_the_model_would_be_noticed(monkeypatch):
+    model, inputs = llava()
+    plain = testing._logits
+    calls = []
+
+    def drifting(vlm, given):
+        calls.append(1)
+        return plain(vlm, given) + 1e-6 * len(calls)
+
+    monkeypatch.setattr(testing, "_logits", drifting)
+    with pytest.raises(AssertionError, match="leaves the logits as they are"):
+        check_adapter(model, inputs)
+
+
+def test_the_structural_adapter_alone_gets_llava_right():
+    # LLaVA as if nobody had registered it: sites, visual tokens and boxes by structure and
+    # experiment are those that the family's description says.
+    model, inputs = llava()
+    known, found = nl.adapt(model), StructuralAdapter(model)
+    assert {s.path for s in known.sites.values()} == {s.path for s in found.sites.values()}
+    said, established = known.tokens(inputs), found.tokens(inputs)
+    for stream in ("language", "vision", "projector"):
+        assert torch.equal(said[stream].role, established[stream].role)
+        torch.testing.assert_close(
+            said[stream].box, established[stream].box, equal_nan=True, atol=0, rtol=0
+        )
+        assert torch.equal(said[stream].image, established[stream].image)
+        assert torch.equal(said[stream].sample, established[stream].sample)
