@@ -1,4 +1,4 @@
-"""Sessions: demo, tests, lint, types, docs, examples, train_testbed.
+"""Sessions: demo, tests, lint, types, docs, models_page, examples, train_testbed.
 
 Needs nox with uv: pip install 'nox[uv]'.
 """
@@ -65,6 +65,13 @@ def docs(session: nox.Session) -> None:
     """The documentation; warnings are errors."""
     session.install("-e", ".[report,table]", *MODEL, *DOCS)
     _docs(session)
+
+
+@nox.session
+def models_page(session: nox.Session) -> None:
+    """The page of supported models, written anew from the models of tests/zoo (under a minute)."""
+    session.install("-e", ".[report,table]", *MODEL, *TESTS)
+    session.run("python", "docs/generate_models.py", env=SMALL)
 
 
 @nox.session

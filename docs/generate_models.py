@@ -212,7 +212,7 @@ def default_size(entry: Entry) -> tuple[nl.ModelAdapter | None, str]:
     try:
         return on_meta(cls, config), ""
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        said = f"The default config is incomplete: {_reason(error)}."
+        said = f"{_reason(error)}."
     if entry.name not in ADDED:
         return None, said
     for path, value in ADDED[entry.name].items():
@@ -243,7 +243,7 @@ def _count(adapter: nl.ModelAdapter | None, *modules: str) -> str:
         sites = [site for site in adapter.sites.values() if site.module == module]
         kinds = Counter((site.experts, site.width) for site in sites)
         terms = [
-            f"{layers} × {f'{experts} × ' if experts else ''}{width:,}"
+            f"{layers} × {f'{experts} × ' if experts else ''}{width:,}".replace(" ", "\u00a0")
             for (experts, width), layers in kinds.items()
         ]
         kind = {"qformer": "Q-Former ", "action": "action "}.get(module, "")
@@ -266,8 +266,8 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def notes_of(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None, config: str = "") -> str:
-    """What is to be said of an architecture below its table."""
+def note_of(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None = None) -> str:
+    """What is said of an architecture below its table; `adapter` is that of default size."""
     note = entry.note.strip().rstrip(".")
     said = [f"{note[0].upper()}{note[1:]}."] if note else []
     for flag, title in (("inert", "Inert"), ("conditional", "Left out without an image")):
@@ -277,7 +277,7 @@ def notes_of(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None, config
         size = "" if adapter else " in the tiny model"
         said += [f"{title}{size}: {', '.join(shown)}."] if names else []
     said += [f"Needs the package `{package}`." for package in facts.needs]
-    return " ".join([*said, config]).strip()
+    return " ".join(said)
 
 
 def _by_note(notes: Mapping[str, str]) -> str:
@@ -288,14 +288,20 @@ def _by_note(notes: Mapping[str, str]) -> str:
     return "\n".join(f"- {', '.join(names[note])}: {note}" for note in names if note)
 
 
+def without_processor() -> list[str]:
+    """Architectures that were not tried with a processor (tests/real has no entry)."""
+    tried = {name.split()[0].split("+")[0] for name in reals()}
+    return sorted(OFFICIAL - tried)
+
+
 def page() -> str:
     """The page, from scratch."""
     zoo = entries()
     facts = {name: facts_of(entry) for name, entry in zoo.items()}
-    rows, notes = {}, {}
+    rows, notes, configs = {}, {}, {}
     for name in sorted(OFFICIAL & set(zoo)):
-        adapter, config = default_size(zoo[name])
-        notes[name] = notes_of(zoo[name], facts[name], adapter, config)
+        adapter, configs[name] = default_size(zoo[name])
+        notes[name] = note_of(zoo[name], facts[name], adapter)
         rows[name] = [
             _name(zoo[name]),
             _count(adapter, "vision"),
@@ -318,7 +324,6 @@ def page() -> str:
         modules = ("vision", "projector", "qformer", "language")
         total = sum(site.neurons for site in adapter.sites.values())
         counts.append([name, *(_count(adapter, module) for module in modules), f"{total:,}"])
-    processed = {name.split()[0].split("+")[0] for name in reals()}
     project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
     needed = [d for d in project["project"]["dependencies"] if d.startswith("transformers")]
     return Template((DOCS / "models.template").read_text(encoding="utf-8")).substitute(
@@ -328,8 +333,8 @@ def page() -> str:
         official=len(OFFICIAL),
         variants=len(variants),
         text_models=len({each.text_model for each in facts.values()}),
-        processed=len(set(rows) & processed),
-        unprocessed=", ".join(f"`{name}`" for name in rows if name not in processed),
+        processed=len(rows) - len(without_processor()),
+        unprocessed=", ".join(f"`{name}`" for name in without_processor()),
         groups="\n\n".join(filter(None, groups)),
         variant_table=_table(
             ["variant", "language model", *head[4:]],
@@ -339,7 +344,8 @@ def page() -> str:
                 if name in variants
             ],
         ),
-        variant_notes=_by_note({name: notes_of(zoo[name], facts[name], None) for name in variants}),
+        variant_notes=_by_note({name: note_of(zoo[name], facts[name]) for name in variants}),
+        configs=_by_note(configs),
         counts=_table(["model", *head[1:3], "Q-Former", "language", "in all"], counts),
     )
 

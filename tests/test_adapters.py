@@ -30,11 +30,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import neuronlens as nl
 from neuronlens import testbed
-from neuronlens.adapters import base, get
+from neuronlens.adapters import StructuralAdapter, base, get
 from neuronlens.adapters.discover import feed_forward_blocks
-from neuronlens.adapters.geometry import resized_and_cropped
-from neuronlens.adapters import StructuralAdapter
 from neuronlens.adapters.families.llava import LlavaAdapter
+from neuronlens.adapters.geometry import resized_and_cropped
 from neuronlens.errors import AdapterError, CaptureError, UnknownNameError
 from neuronlens.hooks import hooked
 from neuronlens.testbed import build
@@ -351,7 +350,8 @@ def test_a_family_of_an_installed_package_is_found_by_its_entry_point(
     registry, tmp_path, monkeypatch
 ):
     (tmp_path / "lens_for_mine.py").write_text(
-        "from neuronlens.adapters.families.llava import LlavaAdapter\nclass Mine(LlavaAdapter): pass\n"
+        "from neuronlens.adapters.families.llava import LlavaAdapter\n"
+        "class Mine(LlavaAdapter): pass\n"
     )
     installed = tmp_path / "lens_for_mine-1.0.dist-info"
     installed.mkdir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -275,25 +276,22 @@ STORAGES = [
 
 @pytest.mark.parametrize(("name", "stores"), STORAGES, ids=[n for n, _ in STORAGES])
 def test_experts_in_a_storage_that_cannot_be_read_are_refused(name: str, stores: Any) -> None:
-    run = load(name)
+    run, plain = load(name), load(name)
     for site in run.entry.sites:
         if isinstance(site, Routed):
             owner, _, key = site.block.rpartition(".")
             experts = stores(run.model.config.get_text_config())
             setattr(run.model.get_submodule(owner), key, experts)
     vlm = run.vlm
+    assert vlm.sites == plain.vlm.sites
     (routed, *_) = (site for site in vlm.sites.values() if site.experts)
-    with pytest.raises(AdapterError, match=r"experts.*stored as"), nl.ActivationRecorder(vlm):
+    what = rf"{re.escape(routed.path)}.*{stores.__name__}.*stored as.*dequantised"
+    with pytest.raises(AdapterError, match=what), nl.ActivationRecorder(vlm, "language"):
         pass
-    with pytest.raises(AdapterError, match="stored as"), nl.deactivate(vlm, routed.neuron(0, 0)):
+    with pytest.raises(AdapterError, match=what), nl.deactivate(vlm, routed.neuron(0, 0)):
         pass
-    with nl.ActivationRecorder(vlm, "vision") as recorder:
-        run.model.get_image_features if False else None
-        run_vision(run)
-    assert recorder
-
-
-def run_vision(run: Run) -> None: ...
+    with pytest.raises(CaptureError, match="never ran"), nl.ActivationRecorder(vlm, "vision"):
+        pass  # other sites may be recorded
 
 
 # Offloaded.
@@ -394,7 +392,7 @@ def assert_equal_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) 
         assert torch.equal(found[name], gradient), name
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saving", "reentrant"])
 @pytest.mark.parametrize("name", [*SOME, "lfm3_vl"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @RENAMED
@@ -548,6 +546,7 @@ def test_followed_beams_are_forwards_of_the_returned_sequences(name: str) -> Non
     run = load(name)
     inputs = padded_on("left", run.inputs)
     how = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
+    how |= {"max_new_tokens": 8, "min_new_tokens": 8}
     with nl.ActivationRecorder(run.vlm, "language") as recorder:
         out = generate(run, inputs, **how)
     assert any(len(set(row.tolist()) - {-1}) > 1 for row in out.beam_indices), "no beam was swapped"
@@ -579,14 +578,20 @@ def test_where_generate_calls_a_part_of_the_model_the_advice_of_the_message_work
 # Precision and attention.
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", SOME)
+KINDS = [(torch.bfloat16, "sdpa"), (torch.float16, "eager"), (torch.float32, "sdpa")]
+PRECISIONS = [
+    (name, dtype, attention)
+    for name in SOME
+    for dtype, attention in KINDS
+    if (name, attention) != ("internvl+gpt_oss", "sdpa")  # which GPT-OSS does not have
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "attention"), PRECISIONS)
 def test_activations_are_the_models_own_in_every_precision(
-    name: str, dtype: torch.dtype, attention: str
+    name: str, dtype: torch.dtype, attention: str, tmp_path: Path
 ) -> None:
-    run = load(name)
-    run.model.to(dtype).set_attn_implementation(attention)
+    run = stored(load(name), tmp_path, dtype=dtype, attn_implementation=attention)
     set_experts(run.model, "eager")  # torch's grouped product wants other sizes in half precision
     inputs = {
         key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -596,8 +601,9 @@ def test_activations_are_the_models_own_in_every_precision(
     plain = run.logits()
     with nl.ActivationRecorder(run.vlm, None) as recorder:
         assert torch.equal(run.logits(), plain)
-    assert {activation.dtype for activation in recorder.activations.values()} == {dtype}
-    assert_same(recorder.activations, run.expected())
+    kept = recorder.activations
+    assert {kept[site.name].dtype for site in run.vlm.select("language")} == {dtype}
+    assert_same(kept, run.expected())  # of the same type too
 
 
 # Batches.
@@ -730,7 +736,7 @@ KERNELS = [
 def test_a_kernel_that_bypasses_the_activation_is_an_error(name: str, site: str, path: str) -> None:
     run = load(name)
     plain, expected = run.logits(), run.expected()
-    inside = {n for n, s in run.vlm.sites.items() if s.path.startswith(f"{path}.")}
+    inside = {n for n, s in run.vlm.sites.items() if f"{s.path}.".startswith(f"{path}.")}
     assert site in inside
     bypass(run, path)
     assert torch.equal(run.logits(), plain)
@@ -763,7 +769,7 @@ def test_a_kernel_for_the_experts_alone_changes_nothing_or_is_an_error(name: str
     blocks = [site.block for site in run.entry.sites if isinstance(site, Routed)]
     for path in blocks:
         bypass(run, path)
-    assert_same(run.recorded().activations, expected)
+    assert_same(run.recorded().activations, expected, **CLOSE)
     if name != "llama4":
         assert_deactivates(run, plain, expected)
         return

@@ -50,6 +50,12 @@ class Routed:
         rows[token, expert[token, chosen]] = values[token, chosen]
         return rows.reshape(self.shape)
 
+    def column(self, expert: int, index: int) -> Float[Tensor, "*axes"]:
+        """One neuron's activations; NaN where a token was not routed to its expert."""
+        sent = self.expert == expert
+        values = torch.where(sent, self.values[..., index], 0).sum(-1)
+        return torch.where(sent.any(-1), values, float("nan"))
+
     def reshape(self, *axes: int) -> Routed:
         """The same with other token axes."""
         chosen, width = self.values.shape[-2:]

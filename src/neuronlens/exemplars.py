@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Atlas
 from neuronlens.errors import CaptureError, OutputError, SampleError, UnknownNameError
@@ -228,17 +229,31 @@ class ExemplarSet(Mapping[NeuronId, NeuronExemplars]):
 
 
 class _Columns:
-    """A recorder's sink that keeps only the wanted neurons' columns."""
+    """A recorder's sink that keeps only the wanted neurons' columns.
+
+    A token that was not routed to a neuron's expert has activation 0.
+    """
 
     def __init__(self, rows: Mapping[str, Sequence[int]]) -> None:
         self._rows = rows
         self.kept: dict[str, Tensor] = {}
         self.maps: dict[str, TokenMap] = {}
 
-    def take(self, site: NeuronSite, activation: Tensor, tokens: TokenMap) -> None:
-        columns = torch.tensor(self._rows[site.name], device=activation.device)
-        flat = rearrange(activation, "... neuron -> (...) neuron")
-        self.kept[site.name] = flat[:, columns].float().cpu()
+    def take(self, site: NeuronSite, activation: Activation, tokens: TokenMap) -> None:
+        rows = self._rows[site.name]
+        if isinstance(activation, Routed):
+            flat = activation.flat()
+            places = [divmod(row, site.width) for row in rows]
+            is_sent = [(flat.expert == expert).any(-1) for expert, _ in places]
+            columns = [
+                torch.where(sent, flat.column(expert, index), 0)
+                for sent, (expert, index) in zip(is_sent, places, strict=True)
+            ]
+            self.kept[site.name] = torch.stack(columns, 1).float().cpu()
+        else:
+            at = torch.tensor(rows, device=activation.device)
+            every = rearrange(activation, "... neuron -> (...) neuron")
+            self.kept[site.name] = every[:, at].float().cpu()
         self.maps[site.name] = tokens
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neuronlens import atlas as atlases
+from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, SiteSelection
 from neuronlens.atlas import Atlas, Choices, ModelInfo, SampleRecord, Skipped
-from neuronlens.errors import DataError, SampleError, SkippedError
+from neuronlens.errors import AdapterError, DataError, SampleError, SkippedError
 from neuronlens.neurons import NeuronSite
 from neuronlens.recorder import record
 from neuronlens.running import Layout, Reduction, SiteStatistics, reduce
@@ -53,7 +54,9 @@ class _Staging:
         self._choices = choices
         self._layouts: dict[tuple[str, torch.device], Layout] = {}
 
-    def take(self, site: NeuronSite, activation: Tensor, tokens: TokenMap) -> None:
+    def take(self, site: NeuronSite, activation: Activation, tokens: TokenMap) -> None:
+        if isinstance(activation, Routed):
+            raise TypeError(f"Site {site.name} is routed; scan() refuses such sites.")
         key = (site.stream, activation.device)
         if key not in self._layouts:
             self._layouts[key] = Layout.of(
@@ -233,7 +236,7 @@ def scan(
         OutputError: If `out` holds something, or cannot be written.
         SkippedError: If more than `max_skips` samples, or all of them, were skipped.
         DataError: If two samples have the same id.
-        AdapterError: If the model is in training mode.
+        AdapterError: If the model is in training mode, or a chosen site is routed to experts.
     """
     for name, value in {
         "n": n,
@@ -249,6 +252,14 @@ def scan(
         raise ValueError("text_roles is empty. Give 'response', 'prompt' or both.")
     adapter.require_eval()
     chosen = adapter.select(sites)
+    routed = [site.name for site in chosen if site.experts]
+    if routed:
+        raise AdapterError(
+            f"Sites {', '.join(routed[:4])}{', ...' if len(routed) > 4 else ''} are routed to "
+            "experts, which a scan cannot count yet (record(), ActivationRecorder, look and "
+            "deactivate can). Scan the others: sites=[site for site in adapter.sites.values() if "
+            "not site.experts]."
+        )
     choices = Choices(
         n=n,
         keep_visual=keep_visual,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,8 +33,6 @@ class Dense:
             fused projection, a clamp, ...).
         down: Path of the Linear or convolution that takes the (gated) activation; None where
             something else stands between, such as a LayerNorm or a clamp of the product.
-        up: Path of the up projection and how it is gated in, if there is one: used for
-            `neuron="down_input"`; `gated(act_output, up_output)` is what `down` takes.
         stack: Distinguishes two stacks of one module, such as "decoder" or "text".
         inert: It runs, and cannot change the logits.
         conditional: Why it may not run in every forward; "" if it always does.

@@ -168,7 +168,7 @@ class FamilyAdapter(ModelAdapter):
         ours = [(stack, block) for block in self.blocks() if (stack := self.stack_of(block.path))]
         layers = _layers(ours)
         last = {stack: max(n for (s, _), n in layers.items() if s == stack) for stack, _ in ours}
-        main = {}
+        main: dict[tuple[str, int], Block] = {}
         for stack, block in ours:
             key = (stack, layers[stack, block.path])
             if key not in main or (block.experts and not main[key].experts):

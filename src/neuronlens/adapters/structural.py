@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from neuronlens.adapters.base import ANY, register
-from neuronlens.adapters.discover import Block, feed_forward_blocks, features, is_activation
+from neuronlens.adapters.discover import Block, features, feed_forward_blocks, is_activation
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.grids import Grid, Seen
 from neuronlens.adapters.taps import DownInput, Functional, Tap
@@ -90,7 +90,9 @@ class StructuralAdapter(FamilyAdapter):
         embedding = None
         with suppress(NotImplementedError, AttributeError):
             embedding = model.get_input_embeddings()
-        tables = {path: m for path, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        tables: dict[str, nn.Embedding] = {
+            path: m for path, m in self.model.named_modules() if isinstance(m, nn.Embedding)
+        }
         for path, module in tables.items():
             if module is embedding:
                 return path

@@ -247,6 +247,11 @@ def _first_half(block: Any, gate_up: Tensor) -> Tensor:
     return out
 
 
+def _whole_input(block: Any, up: Tensor) -> Tensor:
+    out: Tensor = block.act_fn(up)
+    return out
+
+
 GATES: dict[str, GateFunction] = {
     "GptOssExperts": _interleaved_swish,
     "MiniMaxM3VLExperts": _clamped_swish,
@@ -275,7 +280,7 @@ class Experts:
 
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """Before the block runs."""
-        block = _readable(model, self.path)
+        block: Any = _readable(model, self.path)
         gate = _gate_of(block) if kind == "act_fn" else _product
 
         def look(call: Call) -> None:
@@ -287,7 +292,7 @@ class Experts:
 
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
         """Adds the difference that the change makes to the block's output."""
-        block = _readable(model, self.path)
+        block: Any = _readable(model, self.path)
         gate = _gate_of(block)
 
         def write(call: Call) -> Tensor:
@@ -296,15 +301,18 @@ class Experts:
             flat = out.reshape(-1, out.shape[-1])
             with weights_here(block):
                 for number, index in change.neurons.items():
+                    if number is None:
+                        continue
                     token, chosen = (expert == number).nonzero(as_tuple=True)
-                    if number is None or len(token) == 0:
+                    if len(token) == 0:
                         continue
                     at = index.to(out.device)
                     projected = _in(block, x[token], number)
                     product, act = _product(block, projected), gate(block, projected)
                     old, new = act[:, at], change.to(act[:, at])
                     changed = product.clone()
-                    # The product is linear in the activation; where it is zero, so is the rest.
+                    # The product is linear in the activation. An activation of 0 stays 0: what
+                    # it would be multiplied with is not known.
                     share = torch.where(old == 0, torch.zeros_like(old), new / old)
                     changed[:, at] = product[:, at] * share
                     difference = _out(block, changed, number) - _out(block, product, number)
@@ -337,7 +345,7 @@ def _gate_of(block: Any) -> GateFunction:
     if name in GATES:
         return GATES[name]
     if not getattr(block, "has_gate", True):
-        return lambda block, up: block.act_fn(up)
+        return _whole_input
     custom = getattr(type(block), "_apply_gate", None)
     if custom is not None and custom.__name__ != "_default_apply_gate":
         raise AdapterError(
@@ -372,13 +380,15 @@ def _in(block: Any, x: Float[Tensor, "row hidden"], expert: int) -> Tensor:
 
 def _out(block: Any, product: Tensor, expert: int) -> Tensor:
     out = _projected(block, "down_proj", product, expert)
-    return block.post_expert_norm(out) if hasattr(block, "post_expert_norm") else out
+    if hasattr(block, "post_expert_norm"):
+        out = block.post_expert_norm(out)
+    return out
 
 
 def _projected(block: Any, name: str, x: Tensor, expert: int) -> Tensor:
     weight = getattr(block, name)[expert]
     bias = getattr(block, f"{name}_bias", None)
-    out = x @ (weight if getattr(block, "is_transposed", False) else weight.T)
+    out: Tensor = x @ (weight if getattr(block, "is_transposed", False) else weight.T)
     return out if bias is None else out + bias[expert]
 
 

@@ -22,7 +22,6 @@ from neuronlens.adapters.families.queries import is_filling
 from neuronlens.adapters.family import FamilyAdapter, Part
 from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import (
-    NOWHERE,
     Grid,
     ImageSize,
     Piece,
@@ -145,24 +144,19 @@ def _filled(numbers: Sequence[int], filling: Sequence[bool], piece: Piece) -> Gr
 class MllamaAdapter(_CrossAttending):
     """Streams: `vision` [image, tile x (CLS + patch, filled up to a multiple of 8)], `language`.
 
-    Sites `vision.global.k` are those of the second transformer behind the first.
+    Sites `vision.global.k` are those of the second transformer behind the first. A patch beside
+    the image on its canvas of tiles has no box once the original size is known.
     """
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """A grid for every tile; tiles and images that only fill up are PAD."""
-        return self.look_with(inputs, None)
-
-    def look_with(
-        self, inputs: Mapping[str, Any], originals: Sequence[Sequence[ImageSize]] | None
-    ) -> Seen:
-        """What lies beside the image on its canvas is PAD, where the original size tells it."""
         pixels, tiles = inputs["pixel_values"], inputs["pixel_values"].shape[2]
         empty = pad(tiles * len(self._tile(pixels)))
         pieces: list[tuple[int, Piece]] = []
         sizes: list[ImageSize] = []
         owners: list[int] = []
         for sample, row in enumerate(inputs["aspect_ratio_ids"].tolist()):
-            for number, ratio in enumerate(row):
+            for ratio in row:
                 if ratio == 0:
                     pieces.append((-1, empty))
                     continue
@@ -172,11 +166,6 @@ class MllamaAdapter(_CrossAttending):
                 piece = pad(0)
                 for y, x in product(range(down), range(across)):
                     piece = piece + self._tile(pixels, (x * width, y * height))
-                if originals is not None and number < len(originals[sample]):
-                    place = self.place(originals[sample][number], size, len(sizes))
-                    reach = [n * by for n, by in zip(place.original, place.scale, strict=True)]
-                    beside = (piece.box[:, :2] >= torch.tensor(reach).round()).any(1)
-                    piece.role[beside], piece.box[beside] = int(Role.PAD), NOWHERE
                 pieces.append((len(sizes), piece + empty[len(piece) :]))
                 sizes.append(size)
                 owners.append(sample)
