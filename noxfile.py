@@ -70,7 +70,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def models_page(session: nox.Session) -> None:
     """The page of supported models, written anew from the models of tests/zoo (under a minute)."""
-    session.install("-e", ".[report,table]", *MODEL, *TESTS)
+    session.install("-e", ".", *MODEL, "timm")
     session.run("python", "docs/generate_models.py", env=SMALL)
 
 

@@ -6,6 +6,7 @@ the meta device; docs/models.template has the prose.
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 import traceback
@@ -228,7 +229,7 @@ def _shown(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).replace("`", "").rstrip(".")
+    text = _escaped(str(error).replace("`", "").rstrip("."))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "transformers" in f.filename]
     line = (frames[-1].line if frames else None) or "raise"
     return text if line.startswith("raise") else f"{text} in `{line}`"
@@ -268,7 +269,7 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 def note_of(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None = None) -> str:
     """What is said of an architecture below its table; `adapter` is that of default size."""
-    note = entry.note.strip().rstrip(".")
+    note = _escaped(entry.note.strip().rstrip("."))
     said = [f"{note[0].upper()}{note[1:]}."] if note else []
     for flag, title in (("inert", "Inert"), ("conditional", "Left out without an image")):
         names = flagged(adapter, flag) if adapter else getattr(facts, flag)
@@ -278,6 +279,13 @@ def note_of(entry: Entry, facts: Facts, adapter: nl.ModelAdapter | None = None) 
         said += [f"{title}{size}: {', '.join(shown)}."] if names else []
     said += [f"Needs the package `{package}`." for package in facts.needs]
     return " ".join(said)
+
+
+def _escaped(text: str) -> str:
+    """Markdown in which words such as <s> are no tags; code in backticks stays as it is."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([<*\[\]])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _by_note(notes: Mapping[str, str]) -> str:

@@ -39,6 +39,8 @@ SOME = (*DENSE, *ROUTED[:3])
 EXACT = {"rtol": 0.0, "atol": 0.0}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """Where a matrix product of other rows stands between the two."""
+HALF = {"rtol": 0.05, "atol": 0.1}
+"""The same in bfloat16, several layers later."""
 
 Expected = Dense | Routed
 
@@ -122,11 +124,13 @@ def own_hooks(run: Run, kept: dict[Expected, list[Tensor]]) -> Iterator[None]:
             given = site.routing(args, kwargs) if site.routing else (*args, *kwargs.values())
             x = given[0].reshape(-1, given[0].shape[-1])
             chosen = given[1].reshape(len(x), -1)
-            rows = x.new_full((len(x), site.experts, site.width), float("nan"))
-            for expert in chosen.unique().tolist():
-                sent = (chosen == expert).any(1)
-                rows[sent, expert] = site.act(block, x[sent], expert)
-            kept.setdefault(site, []).append(rows)
+            sent = {expert: (chosen == expert).any(1) for expert in range(site.experts)}
+            acts = {e: site.act(block, x[here], e) for e, here in sent.items() if here.any()}
+            (dtype,) = {act.dtype for act in acts.values()}
+            dense = torch.full((len(x), site.experts, site.width), float("nan"), dtype=dtype)
+            for expert, act in acts.items():
+                dense[sent[expert], expert] = act
+            kept.setdefault(site, []).append(dense)
 
     with ExitStack() as stack:
         for site in run.entry.sites:
@@ -267,6 +271,35 @@ def test_an_8_bit_model_is_recorded_and_deactivated_as_it_is(name: str, tmp_path
     assert_deactivates(run, run, expected)
 
 
+class Wrapped(nn.Module):
+    """As LoRA and some quantisers have it: no subclass of Linear."""
+
+    def __init__(self, inside: nn.Linear) -> None:
+        super().__init__()
+        self.inside = inside
+        self.in_features, self.out_features = inside.in_features, inside.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.inside.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+
+@pytest.mark.parametrize("name", [*SOME, "git", "instructblip"])
+def test_projections_of_a_class_of_their_own_are_found(name: str) -> None:
+    run, plain = load(name), load(name)
+    expected = plain.expected()
+    for path, module in list(run.model.named_modules()):
+        if type(module) is nn.Linear:
+            owner, _, key = path.rpartition(".")
+            setattr(run.model.get_submodule(owner), key, Wrapped(module))
+    assert run.vlm.sites == plain.vlm.sites
+    assert_same(run.recorded().activations, expected)
+    assert_deactivates(run, plain, expected)
+
+
 STORAGES = [
     ("qwen3_vl_moe", FP8Experts),
     ("internvl+gpt_oss", Mxfp4GptOssExperts),
@@ -360,7 +393,7 @@ def test_an_offloaded_model_has_the_fingerprint_and_device_of_the_plain_one(
 # Gradient checkpointing.
 
 
-RENAMED = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+RENAMED = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
 def trained(name: str) -> Run:
@@ -604,6 +637,20 @@ def test_activations_are_the_models_own_in_every_precision(
     kept = recorder.activations
     assert {kept[site.name].dtype for site in run.vlm.select("language")} == {dtype}
     assert_same(kept, run.expected())  # of the same type too
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_activations_are_the_models_own_under_autocast(name: str) -> None:
+    run = load(name)
+    set_experts(run.model, "eager")
+    # Cast weights are not kept: the test's own ablation edits them.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        plain, expected = run.logits(), run.expected()
+        with nl.ActivationRecorder(run.vlm, None) as recorder:
+            assert torch.equal(run.logits(), plain)
+        assert recorder.activations["vision.0"].dtype == torch.bfloat16
+        assert_same(recorder.activations, expected)
+        assert_deactivates(run, run, expected, **({} if name in DENSE else HALF))
 
 
 # Batches.

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformers.models.auto import modeling_auto
+
 import neuronlens as nl
 from neuronlens.activations import Routed as RoutedActivations
 from zoo import Dense, Entry, Routed, entries
@@ -352,6 +354,13 @@ def _check_down_input(entry: Entry, model: nn.Module, inputs: Mapping[str, Any])
         given = [x if x.shape[-1] == expected.width else x.movedim(1, -1) for x in given]
         rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in given])
         assert any(_same(rows, out) for out in got), (entry.name, expected.down)
+
+
+def test_every_architecture_of_this_transformers_is_in_the_zoo() -> None:
+    names = set(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert names - {name.split("+")[0] for name in ZOO} == set()
+    backbones = {"blip-2+t5", "instructblip+t5", "internvl+gpt_oss", "internvl+qwen3_moe"}
+    assert backbones | {"lfm2_vl+lfm2_moe"} <= set(ZOO)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

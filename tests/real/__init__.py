@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from zoo import entries
+
 
 @dataclass(frozen=True)
 class Real:
@@ -40,9 +42,10 @@ GROUPS = ("qwen", "dynamic", "native", "llava", "tiles", "queries", "odd")
 
 
 def reals() -> dict[str, Real]:
-    """Every one by name."""
+    """Every one by name, of the architectures that this release of transformers has."""
     found: dict[str, Real] = {}
     for group in GROUPS:
         for real in importlib.import_module(f"real.{group}").REAL:
-            found[real.name] = real
+            if real.name in entries():
+                found[real.name] = real
     return dict(sorted(found.items()))

@@ -164,10 +164,11 @@ GROUPS = ("qwen", "dynamic", "native", "llava", "tiles", "queries", "odd")
 
 
 def entries() -> dict[str, Entry]:
-    """Every entry by name."""
+    """Every entry by name, of the architectures that this release of transformers has."""
     found: dict[str, Entry] = {}
     for group in GROUPS:
         for entry in importlib.import_module(f"zoo.{group}").ENTRIES:
             assert entry.name not in found, entry.name
-            found[entry.name] = entry
+            if hasattr(transformers, entry.cls):
+                found[entry.name] = entry
     return dict(sorted(found.items()))
