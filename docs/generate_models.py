@@ -41,8 +41,8 @@ ADDED: dict[str, dict[str, Any]] = {
         }
     },
     "emu3": {"vocabulary_map": {"<image>": 151851}},
-    "gemma4": {"vision_config": transformers.Gemma4VisionConfig()},
-    "gemma4_unified": {"vision_config": transformers.Gemma4UnifiedVisionConfig()},
+    "gemma4": {"vision_config": "Gemma4VisionConfig"},
+    "gemma4_unified": {"vision_config": "Gemma4UnifiedVisionConfig"},
     "hunyuan_vl": {"text_config.head_dim": 128},
     "qwen4_exp": {
         "text_config.indexer_n_heads": 4,
@@ -52,7 +52,10 @@ ADDED: dict[str, dict[str, Any]] = {
         "text_config.indexer_compress_ratio": 32,
     },
 }
-"""What a default config lacks, where this says nothing of the number of neurons."""
+"""What a default config lacks, where this says nothing of the number of neurons.
+
+A part of a config (`..._config`) is given by the name of its class.
+"""
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -216,16 +219,17 @@ def default_size(entry: Entry) -> tuple[nl.ModelAdapter | None, str]:
         said = f"{_reason(error)}."
     if entry.name not in ADDED:
         return None, said
+    added = []
     for path, value in ADDED[entry.name].items():
         *parts, last = path.split(".")
-        setattr(reduce(getattr, parts, config), last, value)
-    added = ", ".join(f"{path} = {_shown(value)}" for path, value in ADDED[entry.name].items())
-    return on_meta(cls, config), f"{said} Counted with `{added}`."
-
-
-def _shown(value: Any) -> str:
-    is_config = isinstance(value, transformers.PretrainedConfig)
-    return f"{type(value).__name__}()" if is_config else repr(value)
+        is_part = last.endswith("_config")
+        setattr(
+            reduce(getattr, parts, config),
+            last,
+            getattr(transformers, value)() if is_part else value,
+        )
+        added.append(f"{path} = {value}()" if is_part else f"{path} = {value!r}")
+    return on_meta(cls, config), f"{said} Counted with `{', '.join(added)}`."
 
 
 def _reason(error: Exception) -> str:

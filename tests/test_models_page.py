@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 
 DOCS = Path(__file__).parent.parent / "docs"
 sys.path.append(str(DOCS))
@@ -49,14 +50,16 @@ ROWS, NOTES = rows(), notes()
 
 
 def test_every_architecture_of_transformers_and_of_the_tests_has_a_row():
-    assert set(ROWS) == set(ZOO), STALE
-    assert set(ZOO) >= generator.OFFICIAL
-    assert f"**{len(generator.OFFICIAL)} of the {len(generator.OFFICIAL)} " in PAGE, STALE
+    assert set(ROWS) >= set(ZOO) | generator.OFFICIAL, STALE
+    if transformers.__version__ in PAGE:  # the tests of another release have other models
+        assert set(ROWS) == set(ZOO), STALE
+        assert f"**{len(generator.OFFICIAL)} of the {len(generator.OFFICIAL)} " in PAGE, STALE
 
 
 def test_it_says_which_architectures_were_not_tried_with_a_processor():
-    names = ", ".join(f"`{name}`" for name in generator.without_processor())
-    assert f"tried with a processor: {names}." in re.sub(r"\s+", " ", PAGE), STALE
+    said = re.search(r"tried with a processor: (.*?)\.\n", PAGE, re.DOTALL).group(1)
+    untried = set(re.findall(r"`(\S+)`", said))
+    assert untried & generator.OFFICIAL == set(generator.without_processor()), STALE
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -26,6 +26,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import neuronlens as nl
+from neuronlens import testbed
 from neuronlens.activations import Activation
 from neuronlens.activations import Routed as RoutedActivations
 from neuronlens.errors import AdapterError, CaptureError
@@ -262,8 +263,11 @@ def test_an_8_bit_model_is_recorded_and_deactivated_as_it_is(name: str, tmp_path
     kinds = [type(run.model.get_submodule(path)).__name__ for path in down]
     assert kinds.count("Linear8bitLt") >= 3
     assert run.vlm.sites == plain.vlm.sites
+    fingerprint = run.vlm.fingerprint()
+    assert fingerprint != plain.vlm.fingerprint()
     expected = run.expected()
     logits = run.logits()
+    assert run.vlm.fingerprint() == fingerprint
     assert 0 < (logits - plain.logits()).abs().max() < 0.2 * logits.abs().max()
     with nl.ActivationRecorder(run.vlm, None) as recorder:
         assert torch.equal(run.logits(), logits)
@@ -390,10 +394,30 @@ def test_an_offloaded_model_has_the_fingerprint_and_device_of_the_plain_one(
     assert run.vlm.device == plain.vlm.device
 
 
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_a_scan_of_an_offloaded_model_writes_what_one_of_the_plain_model_writes(
+    bed: testbed.Testbed,
+    scenes: list[nl.Sample],
+    offload: Callable[[Run, Path], Run],
+    tmp_path: Path,
+) -> None:
+    away = offload(Run(ZOO["llava"], copy.deepcopy(bed.model), {}), tmp_path / "weights").model
+    written = []
+    for number, model in enumerate((bed.model, away)):
+        vlm, out = nl.adapt(model, bed.processor), tmp_path / str(number)
+        nl.scan(vlm, scenes[:6], out=out, n=4, batch_size=3)
+        files = [path for path in out.rglob("*") if path.suffix in (".safetensors", ".jsonl")]
+        written.append({path.relative_to(out): path.read_bytes() for path in files})
+    assert len(written[0]) == len(nl.adapt(away).sites) + 1
+    assert written[0] == written[1]
+
+
 # Gradient checkpointing.
 
 
-RENAMED = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+RENAMED = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)
 
 
 def trained(name: str) -> Run:
@@ -572,6 +596,31 @@ def test_generation_gives_what_one_forward_over_the_sequence_gives(name: str, wa
     for stream, there in before.items():
         if stream != "language":
             assert torch.equal(tokens[stream].role, there.role), stream
+
+
+@pytest.mark.parametrize("way", ["dynamic cache", "static cache"])
+@pytest.mark.parametrize("name", GENERATING)
+def test_a_deactivated_model_generates_what_the_ablated_one_generates(name: str, way: str) -> None:
+    run = load(name)
+    inputs, how = padded_on("left", run.inputs), WAYS[way]
+    how = how | {"output_scores": True, "return_dict_in_generate": True}
+    plain = torch.stack(generate(run, inputs, **how).scores)
+    last = {
+        each: found[-1:] if each.startswith("language") else found  # the token that is continued
+        for each, found in run.expected(**inputs).items()
+    }
+    neurons = list(loudest(run, last))
+    for site, neuron in (neurons[0], neurons[-1]):
+        with own_ablation(run.model, site, neuron.index, neuron.expert):
+            wanted = generate(run, inputs, **how)
+        with nl.deactivate(run.vlm, neuron):
+            without = generate(run, inputs, **how)
+        scores = torch.stack(without.scores)
+        assert torch.equal(without.sequences, wanted.sequences)
+        torch.testing.assert_close(scores, torch.stack(wanted.scores), rtol=1e-3, atol=1e-3)
+        changed = (scores - plain).nan_to_num(0).abs().amax((1, 2))
+        assert changed[0] > 1e-3, neuron
+        assert torch.equal(torch.stack(generate(run, inputs, **how).scores), plain)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "qwen3_vl_moe"])
@@ -898,6 +947,24 @@ def test_every_mode_of_autograd_gives_the_same_and_nothing_is_left(name: str) ->
         assert state(run.model) == before
     assert torch.equal(without[0], without[1])
     assert torch.equal(without[1], without[2])
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_what_is_recorded_beside_a_deactivated_neuron_is_the_ablated_models(name: str) -> None:
+    run = load(name)
+    for site, neuron in loudest(run, run.expected()):
+        with own_ablation(run.model, site, neuron.index, neuron.expert):
+            wanted = run.expected()
+        del wanted[neuron.site]  # which of its values is seen depends on the order of the blocks
+        with nl.deactivate(run.vlm, neuron):
+            inside = run.recorded(list(wanted))
+        with (
+            nl.ActivationRecorder(run.vlm, list(wanted)) as outside,
+            nl.deactivate(run.vlm, neuron),
+        ):
+            run.logits()
+        for recorder in (inside, outside):
+            assert_same(recorder.activations, wanted, rtol=1e-3, atol=1e-4)
 
 
 class Stop(StoppingCriteria):

@@ -194,3 +194,62 @@ def test_it_is_the_structural_adapter(chat):
     assert chat.established[0].startswith("language: the blocks in 'language_model.layers'") or any(
         line.startswith("language: ") for line in chat.established
     )
+
+
+class Places:
+    """An image processor that resizes to half, keeps the aspect ratio, and pads a square."""
+
+    def __call__(self, images, return_tensors):
+        from PIL import Image
+
+        canvas = Image.new("RGB", (32, 32))
+        width, height = images[0].size
+        scale = 24 / max(width, height)
+        small = images[0].resize((round(width * scale), round(height * scale)))
+        canvas.paste(small, (4, 2))
+        pixels = torch.tensor(list(canvas.getdata())).reshape(32, 32, 3).permute(2, 0, 1)
+        return {"pixel_values": pixels[None].float() / 255}
+
+
+@pytest.mark.parametrize("original", [(48, 48), (96, 48), (60, 90)])
+def test_boxes_in_original_pixels_are_placed_by_painting(chat, original):
+    class Processor:
+        tokenizer = None
+        image_processor = Places()
+
+    chat.processor = Processor()
+    placed = chat.place(original, (32, 32), 0)
+    scale = 24 / max(original)
+    there = [4 + scale * 10, 2 + scale * 20, 4 + scale * 30, 2 + scale * 40]
+    back = placed.to_original(torch.tensor([there]))
+    torch.testing.assert_close(back, torch.tensor([[10.0, 20, 30, 40]]), atol=0.7, rtol=0)
+    with pytest.raises(AdapterError, match="Boxes cannot be placed"):
+        chat.place(original, (40, 32), 0)
+
+
+def test_two_lists_as_near_to_the_embedding_are_an_error_and_names_can_tell():
+    class Flat(strangers.InternChat):
+        def __init__(self, config, name):
+            super().__init__(config)
+            self.words = self.language_model.tok_embeddings
+            self.layers = self.language_model.layers
+            setattr(self, name, self.vision_model.inner["layers"])
+            del self.language_model, self.vision_model
+
+        def get_input_embeddings(self):
+            return self.words
+
+    found = nl.adapt(Flat(strangers.InternChatConfig(), "vision_layers"))
+    assert {s.path.split(".")[0] for s in found.select("language")} == {"layers"}
+    assert {s.path.split(".")[0] for s in found.select("vision")} == {"vision_layers"}
+    with pytest.raises(AdapterError, match="equally near to the token embedding 'words'"):
+        nl.adapt(Flat(strangers.InternChatConfig(), "eyes"))
+
+
+def test_a_peft_wrapper_is_refused_with_the_way_in():
+    class Wrapper(strangers.InternChat):
+        def get_base_model(self):
+            return self
+
+    with pytest.raises(AdapterError, match=r"model\.get_base_model\(\)"):
+        nl.adapt(Wrapper(strangers.InternChatConfig()))

@@ -46,6 +46,13 @@ class Checked:
     padded: int
     single: bool
 
+    def __repr__(self) -> str:
+        return (
+            f"Checked({len(self.sites)} sites, {self.visual} visual tokens, {self.boxes} with a "
+            f"box, {self.padded} padded, inert: {', '.join(self.inert) or 'none'}, batched = "
+            f"single: {'yes' if self.single else 'not told'})"
+        )
+
 
 def check_adapter(
     model: nn.Module | ModelAdapter,

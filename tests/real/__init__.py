@@ -46,6 +46,6 @@ def reals() -> dict[str, Real]:
     found: dict[str, Real] = {}
     for group in GROUPS:
         for real in importlib.import_module(f"real.{group}").REAL:
-            if real.name in entries():
+            if real.name.split(" ")[0] in entries():
                 found[real.name] = real
     return dict(sorted(found.items()))

@@ -407,6 +407,11 @@ def adapt(
             f"adapt() needs a model object, not {type(model).__name__}. Load it first, for example "
             "with AutoModelForImageTextToText.from_pretrained(...)."
         )
+    if hasattr(model, "get_base_model"):
+        raise AdapterError(
+            f"{type(model).__name__} is a PEFT wrapper. Give neuronlens the model inside it, "
+            "model.get_base_model(): its adapters stay active."
+        )
     refuse_compiled(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not model_type:

@@ -176,7 +176,7 @@ def _in_sibling(model: nn.Module, path: str, width: int) -> tuple[str, bool] | N
             continue
         for child_name, child in siblings[sibling].named_children():
             size = features(child)
-            if size is not None and size[0] == width and isinstance(child, nn.Linear):
+            if size is not None and size[0] == width and not isinstance(child, nn.Conv2d):
                 return f"{owner}.{sibling}.{child_name}", False
     return None
 

@@ -12,15 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from neuronlens.adapters.base import ANY, register
 from neuronlens.adapters.discover import Block, features, feed_forward_blocks, is_activation
 from neuronlens.adapters.family import FamilyAdapter
-from neuronlens.adapters.grids import Grid, Seen
+from neuronlens.adapters.geometry import Placement
+from neuronlens.adapters.grids import Grid, ImageSize, Seen
 from neuronlens.adapters.taps import DownInput, Functional, Tap
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point, attached
@@ -61,6 +65,7 @@ class StructuralAdapter(FamilyAdapter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.established: list[str] = []
         self._known: dict[tuple[Any, ...], tuple[Bool[Tensor, "batch token"], Seen]] = {}
+        self._places: dict[tuple[ImageSize, ImageSize], Placement] = {}
         super().__init__(*args, **kwargs)
 
     # Sites.
@@ -73,13 +78,23 @@ class StructuralAdapter(FamilyAdapter):
         order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         self._found.sort(key=lambda block: order[block.path])
         lists = list(dict.fromkeys(filter(None, (_list_of(each.path) for each in self._found))))
+        # A list whose name says that it sees is not the language model's if there is another.
+        lists = [path for path in lists if super().stack_of(path) == "language"] or lists
         if not lists:
             raise AdapterError(
                 f"{type(self.model).__name__} has no feed-forward block in a list of layers, that "
                 f"is, no activation module between two projections. {WRITE_ONE}"
             )
         embedding = self._embedding_path()
-        self._language = min(lists, key=lambda path: (-_common(path, embedding), path.count(".")))
+        ranked = {path: (-_common(path, embedding), path.count(".")) for path in lists}
+        nearest = [path for path in lists if ranked[path] == min(ranked.values())]
+        if len(nearest) > 1:
+            raise AdapterError(
+                f"{type(self.model).__name__} has {len(nearest)} lists of layers that are equally "
+                f"near to the token embedding {embedding!r}: {', '.join(nearest)}. Which of them is "
+                f"the language model cannot be told. {WRITE_ONE}"
+            )
+        self._language = nearest[0]
         self._say(
             f"language: the blocks in {self._language!r}, the list of layers nearest to the token "
             f"embedding {embedding!r}"
@@ -134,6 +149,20 @@ class StructuralAdapter(FamilyAdapter):
         """What tokens see, by changing the image stripe by stripe without any mixing."""
         return self._experiment(inputs)[1]
 
+    def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
+        """Where an image lies in the processed one, by processing a picture with a painted part.
+
+        Raises:
+            AdapterError: If the processor makes something else of it than one image.
+        """
+        if (original, size) not in self._places:
+            self._places[original, size] = _painted(self.image_processor, original, size)
+            self._say(
+                "boxes in original pixels: where the image processor puts the painted middle of "
+                "a picture"
+            )
+        return self._places[original, size]
+
     def _experiment(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Seen]:
         key = tuple(
             (
@@ -155,6 +184,43 @@ class StructuralAdapter(FamilyAdapter):
 
     def __repr__(self) -> str:
         return super().__repr__()[:-1] + f"; {len(self.established)} things established)"
+
+
+def _painted(image_processor: Any, original: ImageSize, size: ImageSize) -> Placement:
+    """Scale and offset along both axes, from the width and middle of a painted rectangle."""
+    width, height = original
+    black = np.zeros((height, width, 3), np.uint8)
+    painted = black.copy()
+    part = (3 * width // 8, 3 * height // 8, 5 * width // 8, 5 * height // 8)
+    painted[part[1] : part[3], part[0] : part[2]] = 255
+
+    def processed(pixels: NDArray[np.uint8]) -> Tensor:
+        found = image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+        images = [v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        if len(images) != 1 or tuple(images[0].shape[-2:]) != (size[1], size[0]):
+            raise AdapterError(
+                f"{type(image_processor).__name__} makes "
+                f"{[tuple(image.shape) for image in images]} of an image of {original} (width, "
+                f"height), but the model was given {size}. Boxes cannot be placed. {WRITE_ONE}"
+            )
+        return images[0].double().reshape(-1, *images[0].shape[-2:]).mean(0)
+
+    if image_processor is None or part[0] == part[2] or part[1] == part[3]:
+        raise AdapterError(
+            f"Boxes in original pixels need an image processor, and images of more than a few "
+            f"pixels; there is {type(image_processor).__name__}, and an image of {original}."
+        )
+    moved = (processed(painted) - processed(black)).abs()
+    scale, cut = [], []
+    for axis, (low, high) in enumerate([(part[0], part[2]), (part[1], part[3])]):
+        along = moved.sum(axis)
+        along = along / along.max().clamp(min=1e-9)
+        position = torch.arange(len(along), dtype=torch.float64) + 0.5
+        length = float(along.sum())
+        middle = float((along * position).sum() / max(length, 1e-9))
+        scale.append(length / (high - low))
+        cut.append(scale[-1] * (low + high) / 2 - middle)
+    return Placement(original, (scale[0], scale[1]), (cut[0], cut[1]))
 
 
 def _list_of(path: str) -> str | None:

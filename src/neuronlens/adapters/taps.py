@@ -449,7 +449,7 @@ class DenseExperts:
         def look(call: Call) -> None:
             with torch.no_grad(), weights_here(block):
                 x, gate, up = self._parts(block, _first(call))
-                act = block.act_fn(gate)
+                act = block.act_fn.forward(gate)  # a call of the module would count as its own
                 see(self._routed(x, act if kind == "act_fn" else up * act))
 
         return [Point(block, look, before=True)]
