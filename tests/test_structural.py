@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,7 +208,7 @@ class Places:
         scale = 24 / max(width, height)
         small = images[0].resize((round(width * scale), round(height * scale)))
         canvas.paste(small, (4, 2))
-        pixels = torch.tensor(list(canvas.getdata())).reshape(32, 32, 3).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
         return {"pixel_values": pixels[None].float() / 255}
 
 

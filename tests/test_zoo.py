@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from transformers.models.auto import modeling_auto
 
 import neuronlens as nl

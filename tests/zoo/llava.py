@@ -228,7 +228,7 @@ def vipllava_config() -> Any:
         text_config=llm("llama"),
         image_token_index=IMAGE,
         image_seq_length=16,
-        vision_feature_layer=[-2, 1],
+        vision_feature_layers=[-2, 1],  # from 5.23 on an alias of vision_feature_layer
     )
 
 

@@ -8,11 +8,13 @@ The processor cuts each image into patches and puts the rows of one image after 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -389,6 +391,7 @@ def entry(
     note: str = "",
     sizes: tuple[tuple[int, int], ...] = SIZES,
     first: str = "model.language_model.layers.0",
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> Entry:
     return Entry(
         name=name,
@@ -401,7 +404,31 @@ def entry(
         spatial="region",
         mixers=mixers,
         note=note,
+        prepare=prepare,
     )
+
+
+def sdpa(model: Any) -> None:
+    """Qwen4-Exp's eager attention gives NaN at padding before transformers 5.23."""
+    model.set_attn_implementation("sdpa")
+
+
+def omni(entry: Entry) -> Entry:
+    """The thinkers: transformers 5.20 has no model around their parts, which are its own."""
+    if hasattr(transformers, "Qwen2_5OmniThinkerModel"):
+        return entry
+
+    def path(named: str) -> str:
+        return named.replace("model.visual", "visual").replace("model.language_model", "model")
+
+    sites = tuple(
+        replace(site, before=path(site.before), down=site.down and path(site.down))
+        if isinstance(site, Dense)
+        else replace(site, block=path(site.block))
+        for site in entry.sites
+    )
+    mixers = tuple(pattern.replace(r"model\.visual", "visual") for pattern in entry.mixers)
+    return replace(entry, sites=sites, first=path(entry.first), mixers=mixers)
 
 
 FC = "linear_fc1 linear_fc2"
@@ -516,47 +543,52 @@ ENTRIES = (
             **IDS,
         ),
         (*vision_mlps(FC, gelu_tanh), merger(names=FC), *shared_moe()),
+        prepare=sdpa,
         note="hidden states are three residual streams side by side, [batch, token, 3 x hidden]",
     ),
-    entry(
-        "qwen2_5_omni_thinker",
-        "Qwen2_5OmniThinkerForConditionalGeneration",
-        config(
+    omni(
+        entry(
             "qwen2_5_omni_thinker",
-            QWEN2,
-            QWEN2_5_TOWER,
-            audio_config=AUDIO_TOWER,
-            audio_token_id=AUDIO,
-            **IDS,
-        ),
-        (*vision_glus(), merger(), *language_glu()),
-        {"types": False},
-        note="in the vision tower rows are in window order",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            config(
+                "qwen2_5_omni_thinker",
+                QWEN2,
+                QWEN2_5_TOWER,
+                audio_config=AUDIO_TOWER,
+                audio_token_id=AUDIO,
+                **IDS,
+            ),
+            (*vision_glus(), merger(), *language_glu()),
+            {"types": False},
+            note="in the vision tower rows are in window order",
+        )
     ),
-    entry(
-        "qwen3_omni_moe_thinker",
-        "Qwen3OmniMoeThinkerForConditionalGeneration",
-        config(
+    omni(
+        entry(
             "qwen3_omni_moe_thinker",
-            {**QWEN3, **MOE},
-            QWEN3_TOWER,
-            audio_config={
-                **AUDIO_TOWER,
-                "n_window_infer": 8,
-                "conv_chunksize": 8,
-                "downsample_hidden_size": 8,
-            },
-            audio_token_id=AUDIO,
-            **IDS,
-        ),
-        (
-            *vision_mlps(FC, gelu_tanh),
-            *deepstack(1, "mlp.0 mlp.2", "merger_list"),
-            glu(0, MLP.format(0)),
-            routed(1, MLP.format(1) + ".experts"),
-        ),
-        {"types": False},
-        note=DEEPSTACK,
+            "Qwen3OmniMoeThinkerForConditionalGeneration",
+            config(
+                "qwen3_omni_moe_thinker",
+                {**QWEN3, **MOE},
+                QWEN3_TOWER,
+                audio_config={
+                    **AUDIO_TOWER,
+                    "n_window_infer": 8,
+                    "conv_chunksize": 8,
+                    "downsample_hidden_size": 8,
+                },
+                audio_token_id=AUDIO,
+                **IDS,
+            ),
+            (
+                *vision_mlps(FC, gelu_tanh),
+                *deepstack(1, "mlp.0 mlp.2", "merger_list"),
+                glu(0, MLP.format(0)),
+                routed(1, MLP.format(1) + ".experts"),
+            ),
+            {"types": False},
+            note=DEEPSTACK,
+        )
     ),
     entry(
         "cohere_compass",

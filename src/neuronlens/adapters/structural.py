@@ -79,7 +79,8 @@ class StructuralAdapter(FamilyAdapter):
         self._found.sort(key=lambda block: order[block.path])
         lists = list(dict.fromkeys(filter(None, (_list_of(each.path) for each in self._found))))
         # A list whose name says that it sees is not the language model's if there is another.
-        lists = [path for path in lists if super().stack_of(path) == "language"] or lists
+        named = FamilyAdapter.stack_of
+        lists = [path for path in lists if named(self, path) == "language"] or lists
         if not lists:
             raise AdapterError(
                 f"{type(self.model).__name__} has no feed-forward block in a list of layers, that "
@@ -91,8 +92,8 @@ class StructuralAdapter(FamilyAdapter):
         if len(nearest) > 1:
             raise AdapterError(
                 f"{type(self.model).__name__} has {len(nearest)} lists of layers that are equally "
-                f"near to the token embedding {embedding!r}: {', '.join(nearest)}. Which of them is "
-                f"the language model cannot be told. {WRITE_ONE}"
+                f"near to the token embedding {embedding!r}: {', '.join(nearest)}. Which of them "
+                f"is the language model cannot be told. {WRITE_ONE}"
             )
         self._language = nearest[0]
         self._say(
