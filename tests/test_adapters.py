@@ -799,3 +799,30 @@ def test_settings_that_do_not_explain_the_processed_size_are_an_error(vlm):
     inputs = {"input_ids": torch.tensor([row(16)]), "pixel_values": pixels(1, side=32)}
     with pytest.raises(AdapterError, match=r"\(64, 64\).*but the model was given \(32, 32\)"):
         vlm.tokens(inputs, [[(100, 50)]])
+
+
+@pytest.mark.parametrize(("have", "fits"), [("5.19.0", False), ("6.0.0", False), ("5.23.0", True)])
+def test_a_transformers_outside_the_range_is_refused_with_the_range(monkeypatch, have, fits):
+    model = small_llava()
+    monkeypatch.setattr(base, "version", lambda name: have)
+    if fits:
+        assert nl.adapt(model)
+        return
+    with pytest.raises(AdapterError, match=rf"transformers {have} is installed.*>=5\.20"):
+        nl.adapt(model)
+
+
+def test_more_images_than_placeholders_and_none_are_both_told(vlm):
+    batch = nl.encode(vlm, testbed.scenes(1))
+    twice = dict(batch.inputs) | {"pixel_values": batch.inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    with pytest.raises(AdapterError, match=r"2 images of 64 tokens.*hold \[64\] image tokens"):
+        vlm.tokens(twice)
+    ids = batch.inputs["input_ids"]
+    without = {"input_ids": ids[:, ids[0] != IMAGE], "pixel_values": batch.inputs["pixel_values"]}
+    with pytest.raises(AdapterError, match=r"1 images of 64 tokens.*hold \[0\] image tokens"):
+        vlm.tokens(without)
+
+
+def test_an_unknown_site_lists_near_names(vlm):
+    with pytest.raises(UnknownNameError, match=r"language\.9.*language\.3|language\.9.*Closest"):
+        vlm.site("language.9")

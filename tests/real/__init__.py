@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,24 @@ class Real:
     spatial: str = "region"
     prompt: str = "what is this"
     response: str = "a small photo"
+
+
+def usually(processor: Any, **images: Any) -> Any:
+    """The processor, which from now on processes images like this if it is not told otherwise.
+
+    Transformers 5.23 made attributes of what was in the class of the processor's arguments.
+    """
+    home = vars(sys.modules[type(processor).__module__])
+    arguments = home.get(f"{type(processor).__name__}Kwargs")
+    earlier = getattr(arguments, "_defaults", {}).get("images_kwargs")
+    for name, value in images.items():
+        if earlier is not None:
+            earlier[name] = value
+        elif hasattr(processor, name):
+            setattr(processor, name, value)
+        else:
+            processor.images_kwargs = {**processor.images_kwargs, name: value}
+    return processor
 
 
 GROUPS = ("qwen", "dynamic", "native", "llava", "tiles", "queries", "odd")

@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from real import Real
+from real import Real, usually
 from zoo.queries import ENTRIES, KOSMOS25_PATCHES
 
 ZOO = {entry.name: entry for entry in ENTRIES}
@@ -196,8 +196,7 @@ def aria() -> tuple[Any, Any]:
     )
     pictures = tf.AriaImageProcessor(max_image_size=490)
     processor = tf.AriaProcessor(pictures, words, size_conversion={490: 6})
-    processor.images_kwargs = {"max_image_size": 490, "split_image": False}
-    return replace(entry, config=lambda: config).model(), processor
+    return replace(entry, config=lambda: config).model(), usually(processor, max_image_size=490)
 
 
 def kosmos2() -> tuple[Any, Any]:
@@ -212,8 +211,7 @@ def kosmos2() -> tuple[Any, Any]:
         size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}
     )
     processor = tf.Kosmos2Processor(pictures, words, num_patch_index_tokens=0)
-    processor.num_image_tokens = 5
-    return ZOO["kosmos-2"].model(), processor
+    return ZOO["kosmos-2"].model(), usually(processor, num_image_tokens=5)
 
 
 def kosmos25() -> tuple[Any, Any]:
@@ -235,8 +233,7 @@ def kosmos25() -> tuple[Any, Any]:
         patch_size={"height": 4, "width": 4}, max_patches=KOSMOS25_PATCHES
     )
     processor = tf.Kosmos2_5Processor(pictures, words, num_image_tokens=5)
-    processor.images_kwargs = {"max_patches": KOSMOS25_PATCHES, "return_tensors": "pt"}
-    return ZOO["kosmos-2.5"].model(), processor
+    return ZOO["kosmos-2.5"].model(), usually(processor, max_patches=KOSMOS25_PATCHES)
 
 
 REAL: tuple[Real, ...] = (

@@ -11,7 +11,7 @@ from typing import Any
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from real import Real
+from real import Real, usually
 from zoo import tiles
 
 ZOO = {entry.name: entry for entry in tiles.ENTRIES}
@@ -170,8 +170,7 @@ def got(words: Any) -> Any:
     processor = of("got_ocr2", "GotOcr2Processor")(
         of("got_ocr2", "GotOcr2ImageProcessor")(size={"height": 128, "width": 128}), words
     )
-    processor.num_image_tokens = 64
-    return processor
+    return usually(processor, num_image_tokens=64)
 
 
 def chart(words: Any) -> Any:

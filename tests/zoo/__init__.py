@@ -8,6 +8,7 @@ the tests compare the two.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,12 @@ def draw(model: nn.Module) -> None:
                 parameter.copy_(1 + 0.2 * noise)
             else:
                 parameter.copy_(0.3 * noise)
+
+
+def taken(model: nn.Module, *names: str) -> str:
+    """The first of these names that forward has an argument of: some were renamed."""
+    arguments = inspect.signature(type(model).forward).parameters
+    return next(name for name in names if name in arguments)
 
 
 GROUPS = ("qwen", "dynamic", "native", "llava", "tiles", "queries", "odd")

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from zoo import Dense, Entry, Images
+from zoo import Dense, Entry, Images, taken
 
 PAD, BOS, EOS, BREAK = 0, 1, 2, 9
 WORDS = (10, 90)
@@ -84,7 +84,7 @@ def plain(
     *,
     side: Literal["left", "right"] = "left",
     lead: bool = True,
-    pixels: str = "pixel_values",
+    pixels: Sequence[str] = ("pixel_values",),
     types: bool = False,
 ) -> Callable[[Any, Images], dict[str, Any]]:
     """One square image after the other, each with these tokens; `types` marks the image's."""
@@ -96,7 +96,11 @@ def plain(
         return on(
             model,
             **text,
-            **{pixels: torch.stack([normal(image, statistics) for image in flat(images)])},
+            **{
+                taken(model, *pixels): torch.stack(
+                    [normal(image, statistics) for image in flat(images)]
+                )
+            },
         )
 
     return inputs
@@ -266,7 +270,7 @@ VIDEO_LLAVA = Entry(
     cls="VideoLlavaForConditionalGeneration",
     config=video_llava_config,
     sizes=((16, 16), (16, 16)),
-    inputs=plain([IMAGE] * 16, CLIP, pixels="pixel_values_images"),
+    inputs=plain([IMAGE] * 16, CLIP, pixels=("pixel_values", "pixel_values_images")),
     sites=(
         *mlp("vision", "model.image_tower.encoder.layers", quick_gelu, inert=(1,)),
         PROJECTOR,

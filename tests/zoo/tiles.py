@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from zoo import Dense, Entry, Images, Routed
+from zoo import Dense, Entry, Images, Routed, taken
 
 # Token ids: ordinary text lies in [TEXT, IMAGE), everything above IMAGE is a marker.
 PAD, BOS, EOS, TEXT, IMAGE, VOCAB = 0, 1, 2, 10, 100, 160
@@ -757,7 +757,8 @@ def fuyu_config() -> Any:
 def fuyu_inputs(model: Any, images: Images) -> dict[str, Any]:
     """The image comes first: its patches row by row, LINE after each row, BOS, text.
 
-    image_patches [patch, 6 x 6 x 3]: the patches of all images, channels last.
+    pixel_values (image_patches before transformers 5.21) [patch, 6 x 6 x 3]: the patches of all
+    images, channels last.
     """
     rows, patches = [], []
     for number, sample in enumerate(images):
@@ -767,7 +768,10 @@ def fuyu_inputs(model: Any, images: Images) -> dict[str, Any]:
             patches.append(parts.permute(0, 2, 3, 1).flatten(1))
             row += ([IMAGE] * wide + [LINE]) * high
         rows.append([*row, BOS, *words(number, 5 + 2 * (number % 3)), END])
-    return {**padded(model, rows, "left"), "image_patches": torch.cat(patches)}
+    return {
+        **padded(model, rows, "left"),
+        taken(model, "pixel_values", "image_patches"): torch.cat(patches),
+    }
 
 
 ENTRIES = (

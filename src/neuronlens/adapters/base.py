@@ -6,11 +6,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, requires, version
 from typing import Any, TypeVar, get_args
 
 import torch
 from jaxtyping import Int
+from packaging.requirements import Requirement
 from torch import Tensor, nn
 
 from neuronlens.adapters.decoding import Decoding, decoding_of
@@ -381,6 +382,21 @@ def get(model_type: str) -> type[ModelAdapter]:
     return _registry.get(model_type) or _registry[ANY]
 
 
+def _check_transformers() -> None:
+    """Refuse releases of transformers whose models were not looked at."""
+    known = next(
+        (r for r in map(Requirement, requires("neuronlens-vlm") or ()) if r.name == "transformers"),
+        None,
+    )
+    have = version("transformers")
+    if known is not None and not known.specifier.contains(have, prereleases=True):
+        raise AdapterError(
+            f"transformers {have} is installed, but neuronlens describes the models of "
+            f"transformers {known.specifier}; in another release their parts may lie elsewhere. "
+            f"Install one of these: pip install 'transformers{known.specifier}'."
+        )
+
+
 def adapt(
     model: nn.Module, processor: Any = None, *, neuron: NeuronKind = "act_fn"
 ) -> ModelAdapter:
@@ -397,8 +413,8 @@ def adapt(
             output times the up projection's; the same where there is no up projection).
 
     Raises:
-        AdapterError: If `model` is no Hugging Face model, or the processor is another
-            model's.
+        AdapterError: If `model` is no Hugging Face model, the processor is another model's,
+            or the installed transformers is outside the supported range.
         UnknownNameError: If there is no such kind of neuron.
         CaptureError: If the model is compiled.
     """
@@ -412,6 +428,7 @@ def adapt(
             f"{type(model).__name__} is a PEFT wrapper. Give neuronlens the model inside it, "
             "model.get_base_model(): its adapters stay active."
         )
+    _check_transformers()
     refuse_compiled(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not model_type:

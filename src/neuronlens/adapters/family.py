@@ -11,11 +11,12 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuronlens.adapters.base import ModelAdapter
 from neuronlens.adapters.discover import Block, feed_forward_blocks
@@ -329,6 +330,17 @@ class FamilyAdapter(ModelAdapter):
                 )
             owner.append(mine[0] if mine else 0)
         return owner
+
+
+def as_pixel_values(model: nn.Module, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A processor's inputs, the pixels under the name that the model takes.
+
+    Transformers 5.21 renamed them for some models, whose processors still give the old `name`.
+    """
+    given = dict(inputs)
+    if name in given and "pixel_values" in signature(type(model).forward).parameters:
+        given["pixel_values"] = given.pop(name)
+    return given
 
 
 def _placed(

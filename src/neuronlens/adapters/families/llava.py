@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, features, special_block
-from neuronlens.adapters.family import FamilyAdapter
+from neuronlens.adapters.family import FamilyAdapter, as_pixel_values
 from neuronlens.adapters.geometry import Placement, processed_by, stretched
 from neuronlens.adapters.grids import (
     Grid,
@@ -128,7 +128,9 @@ class SelectingAdapter(GridAdapter):
 
     def read_layers(self) -> list[int]:
         """The tower's hidden states that are read: 0 is the first layer's input."""
-        chosen = self._config.vision_feature_layer
+        # VipLlava's are vision_feature_layers; both names from transformers 5.23 on.
+        names = ("vision_feature_layers", "vision_feature_layer")
+        chosen = getattr(self._config, next(name for name in names if hasattr(self._config, name)))
         return [chosen] if isinstance(chosen, int) else list(chosen)
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
@@ -144,6 +146,13 @@ class LlavaAdapter(SelectingAdapter):
 
     # Video-LLaVA has a second tower, for videos.
     not_run = rf"{GridAdapter.not_run}|video_tower"
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """The processor's inputs, the pixels of Video-LLaVA as the model takes them."""
+        inputs = super().process(texts, images, add_special_tokens=add_special_tokens)
+        return as_pixel_values(self.model, inputs, "pixel_values_images")
 
     def pixels(self, inputs: Mapping[str, Any]) -> Any:
         """The processed images, under either of Video-LLaVA's names."""

@@ -24,7 +24,7 @@ from neuronlens.adapters.families.tiling import (
     texts,
     whole,
 )
-from neuronlens.adapters.family import FamilyAdapter, Part
+from neuronlens.adapters.family import FamilyAdapter, Part, as_pixel_values
 from neuronlens.adapters.grids import (
     Grid,
     ImageSize,
@@ -289,6 +289,13 @@ class FuyuAdapter(FamilyAdapter):
 
     One image per text, as its processor has it.
     """
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """The processor's inputs, the patches as the model takes them."""
+        inputs = super().process(texts, images, add_special_tokens=add_special_tokens)
+        return as_pixel_values(self.model, inputs, "image_patches")
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """What the inputs alone tell."""
