@@ -213,7 +213,9 @@ def assert_deactivates(run: Run, like: Run, expected: Mapping[str, Tensor], **cl
         assert torch.equal(run.logits(), plain), neuron
         assert not torch.equal(without, plain), neuron
         within = {"rtol": 1e-3, "atol": 2e-4} if isinstance(site, Routed) else EXACT
-        torch.testing.assert_close(without, wanted, **(within | close), msg=str(neuron))
+        torch.testing.assert_close(
+            without, wanted, **(within | close), msg=lambda text, n=neuron: f"{n}: {text}"
+        )
         tried += 1
     assert tried >= 4
 
@@ -334,7 +336,7 @@ def test_experts_in_a_storage_that_cannot_be_read_are_refused(name: str, stores:
 # Offloaded.
 
 
-def cpu_offload(run: Run, folder: Path) -> Run:
+def cpu_offload(run: Run, _folder: Path) -> Run:
     accelerate.cpu_offload(run.model, execution_device=torch.device("cpu"))
     return run
 
@@ -427,7 +429,8 @@ def trained(name: str) -> Run:
         for key, value in vars(module).items():
             if isinstance(value, float) and ("drop" in key or (key == "p")):
                 setattr(module, key, 0.0)
-    run.model.train()
+    plain = run.logits()
+    assert torch.equal(run.model.train()(**run.inputs).logits, plain)
     return run
 
 
@@ -441,12 +444,6 @@ def gradients(run: Run, inside: Callable[[], Any], after: bool = False) -> dict[
     if after:
         loss.backward()
     return {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
-
-
-def assert_equal_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert torch.equal(found[name], gradient), name
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saving", "reentrant"])
@@ -463,11 +460,11 @@ def test_checkpointing_records_each_token_once_and_recording_moves_no_gradient(
     assert run.model.is_gradient_checkpointing
     checkpointed = gradients(run, ExitStack)
     if not reentrant:
-        for key, gradient in plain.items():
-            torch.testing.assert_close(checkpointed[key], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
     for after in (False, True):
         recorder = nl.ActivationRecorder(run.vlm, None)
-        assert_equal_gradients(gradients(run, lambda r=recorder: r, after), checkpointed)
+        found = gradients(run, lambda r=recorder: r, after)
+        torch.testing.assert_close(found, checkpointed, **EXACT)
         assert_same(recorder.activations, expected)
         assert len(recorder.runs) == 1
 
@@ -587,7 +584,7 @@ def test_generation_gives_what_one_forward_over_the_sequence_gives(name: str, wa
         if run.vlm.sites[each].stream == "language":
             assert activation.shape[:2] == attended.shape
             found, wanted = found[attended.flatten()], wanted[attended.flatten()]
-        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-3, atol=1e-4, msg=each)
+        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-3, atol=1e-4)
     role = tokens["language"].role
     assert (role[:, prompt:] == Role.RESPONSE).all()
     assert torch.equal(role[:, :prompt] == Role.PAD, inputs["attention_mask"] == 0)

@@ -10,6 +10,7 @@ from torch import nn
 
 import neuronlens as nl
 import strangers
+from neuronlens.adapters import structural
 from neuronlens.adapters.structural import StructuralAdapter
 from neuronlens.errors import AdapterError
 
@@ -103,6 +104,37 @@ def test_visual_tokens_and_their_boxes_are_established_by_changing_pixels(chat):
     assert vision.box[0, 5].tolist() == [0, 4, 4, 8]
     assert maps["projector"].box[1].tolist() == [[0, 0, 8, 8], [8, 0, 16, 8]]
     assert any("2 of" not in line and "boxes: 4 of 4" in line for line in chat.established)
+
+
+def test_another_text_costs_two_runs_and_another_shape_a_new_experiment(chat, monkeypatch):
+    runs = []
+    plain = structural._Experiment.run
+    monkeypatch.setattr(
+        structural._Experiment,
+        "run",
+        lambda self, pixels, mixing: runs.append(1) or plain(self, pixels, mixing=mixing),
+    )
+    given = strangers.inputs(images(), 2)
+    first = chat.tokens(given)
+    once = len(runs)
+    assert chat.tokens(given)["language"].role.equal(first["language"].role)
+    assert len(runs) == once
+    text = torch.tensor([[9], [9]])
+    longer = {
+        name: torch.cat([value, text if name == "input_ids" else text * 0 + 1], 1)
+        if value.ndim == 2
+        else value.flip(0)
+        for name, value in given.items()
+    }
+    after = chat.tokens(longer)["language"]
+    assert len(runs) == once + 2
+    assert torch.equal(after.role == nl.Role.VISUAL, longer["input_ids"] == strangers.IMAGE)
+    assert torch.equal(
+        after.box[after.role == nl.Role.VISUAL],
+        first["language"].box[first["language"].role == nl.Role.VISUAL],
+    )
+    chat.tokens(strangers.inputs(images(height=16, width=8), 2))
+    assert len(runs) > once + 10
 
 
 def test_learned_queries_see_no_single_region(qwen):

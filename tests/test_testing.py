@@ -99,6 +99,16 @@ def test_a_law_that_does_not_hold_is_named(family, said):
         check_adapter(family(model), inputs)
 
 
+def test_a_block_that_nobody_declared_is_named():
+    class Undeclared(StructuralAdapter):
+        def blocks(self):
+            return [block for block in super().blocks() if "transformer.h.1" not in block.path]
+
+    images = torch.rand(2, 3, 8, 16)
+    with pytest.raises(AssertionError, match=r"transformer\.h\.1\.mlp have none.*special_block"):
+        check_adapter(Undeclared(strangers.first_qwen()), strangers.inputs(images, 3))
+
+
 def test_a_stream_of_another_length_and_a_site_that_never_runs_are_errors_of_the_recorder():
     for family, said in [(WrongWidth, "has .* tokens"), (Doubled, "never ran: projector")]:
         model, inputs = llava()

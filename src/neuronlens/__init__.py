@@ -79,7 +79,7 @@ __all__ = [
     "scan",
 ]
 
-_NAMESPACES = ("testbed", "testing")
+_NAMESPACES = ("adapters", "testbed", "testing")
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -244,11 +244,18 @@ class Atlas:
                 )
 
     def check(self, adapter: ModelAdapter) -> None:
-        """Refuse a model other than the one that was scanned.
+        """Refuse a model, or a kind of neuron, other than what was scanned.
 
         Raises:
-            AtlasError: If the weights differ.
+            AtlasError: If the weights differ, or act_fn outputs would be read beside inputs of
+                the down projection.
         """
+        if adapter.neuron_kind != self.choices.neuron:
+            raise AtlasError(
+                f"This atlas was scanned with neuron={self.choices.neuron!r}; the given adapter "
+                f"reads {adapter.neuron_kind!r}. Use adapt(model, processor, "
+                f"neuron={self.choices.neuron!r})."
+            )
         if adapter.fingerprint() != self.manifest.model.fingerprint:
             raise AtlasError(
                 f"This atlas is of {self.manifest.model.name!r} with other weights than the "

@@ -20,6 +20,8 @@ class UnknownNameError(NeuronLensError, LookupError):
     def __init__(self, kind: str, name: object, known: Iterable[object], advice: str = "") -> None:
         names = [str(each) for each in known]
         near = difflib.get_close_matches(str(name), names, n=5, cutoff=0.4)
+        if len(names) <= 5:
+            near = []  # all of them are as short
         shown = ", ".join(near or names[:12]) + (", ..." if not near and len(names) > 12 else "")
         label = "Closest" if near else "Known"
         super().__init__(

@@ -374,7 +374,7 @@ def _record_columns(
         sink = _Columns(columns)
         inputs = batch.on(adapter.device)
         with torch.inference_mode(), record(adapter, list(columns), sink, batch.tokens):
-            adapter.model(**inputs, use_cache=False)
+            adapter.forward(inputs)
         for row, position in enumerate(positions):
             maps = {s: batch.map_of(row, s) for s in {adapter.site(n).stream for n in columns}}
             for neuron in needing[position]:
@@ -459,7 +459,7 @@ def look(
     sink = _Columns({site.name: [row]})
     inputs = batch.on(adapter.device)
     with torch.inference_mode(), record(adapter, site, sink, batch.tokens):
-        adapter.model(**inputs, use_cache=False)
+        adapter.forward(inputs)
     tokens = batch.map_of(0, site.stream)
     values = sink.kept[site.name][sink.maps[site.name].where(0), 0].numpy()
     roles = (Role.RESPONSE,) if sample.response else TEXT_ROLES

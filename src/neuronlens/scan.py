@@ -102,7 +102,7 @@ class _Scan:
             staging = _Staging(batch, self.choices)
             inputs = batch.on(self.adapter.device)
             with torch.inference_mode(), record(self.adapter, self.sites, staging, batch.tokens):
-                self.adapter.model(**inputs, use_cache=False)
+                self.adapter.forward(inputs)
             keep = _finite(batch, staging.reductions, places, skipped)
             records = [
                 SampleRecord.of(sample, places[id(sample)])

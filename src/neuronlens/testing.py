@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuronlens.activations import Activation, Routed
-from neuronlens.adapters import ModelAdapter, adapt
+from neuronlens.adapters import FamilyAdapter, ModelAdapter, adapt
+from neuronlens.adapters.structural import is_feed_forward
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point, attached
 from neuronlens.intervene import deactivate
@@ -105,6 +106,7 @@ def check_adapter(
         hooked = _output(vlm.model(**inputs))
     _holds(torch.equal(hooked, plain), "recording leaves the logits as they are")
     activations = recorder.activations
+    _check_complete(vlm, inputs)
     _check_sites(vlm, activations, tokens)
     _check_sink(vlm, inputs, activations, tokens)
     padded = _check_padding(vlm, inputs, tokens)
@@ -137,6 +139,30 @@ def _rows(out: Activation) -> Float[Tensor, "row neuron"]:
     if isinstance(out, Routed):
         return out.dense().nan_to_num(0.0).flatten(-2).flatten(0, -2)
     return out.flatten(0, -2)
+
+
+def _check_complete(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> None:
+    """No block that runs, and looks like a feed-forward block, is without a site."""
+    read = {vlm.tap(site).path for site in vlm.sites.values()}
+    ran: set[str] = set()
+
+    def point(path: str, module: nn.Module) -> Point:
+        return Point(module, lambda call: ran.add(path), before=True)
+
+    points = {
+        path: [point(path, module)]
+        for path, module in vlm.model.named_modules()
+        if not any(f"{each}.".startswith(f"{path}.") for each in read)
+        and not (isinstance(vlm, FamilyAdapter) and vlm.stack_of(path) is None)
+        and is_feed_forward(module)
+    }
+    with torch.no_grad(), attached(points, may_be_left_out=set(points)):
+        vlm.model(**inputs)
+    _holds(
+        not ran,
+        f"every feed-forward block has a site; {', '.join(sorted(ran)[:4])} have none. If their "
+        "activation is a function, declare it with special_block",
+    )
 
 
 def _check_sites(
@@ -258,7 +284,9 @@ def _check_single(
 
 def _first_input(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor | None:
     """What goes into the first layer of the language stack; None if it is not in a list."""
-    site = next(site for site in vlm.sites.values() if site.stream == "language")
+    site = next((site for site in vlm.sites.values() if site.stream == "language"), None)
+    if site is None:
+        raise AssertionError("Does not hold: some site runs on the stream 'language'.")
     found = re.match(r".*?\.\d+(?=\.)", site.path)
     layer = found.group() if found else None
     if vlm.answer_stream == "language":

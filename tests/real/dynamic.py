@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl
 
 from real import Real
 from zoo import Entry, dynamic
@@ -112,13 +114,17 @@ def lfm3() -> Any:
 
 def nemotron() -> Any:
     marks = {"<image>": dynamic.IMAGE, "<img>": dynamic.START, "</img>": dynamic.END}
+    try:
+        sound = hf.ParakeetFeatureExtractor()
+    except ImportError:  # it needs librosa before transformers 5.23; nothing is heard here
+        sound = hf.WhisperFeatureExtractor()
     return hf.NemotronH_Omni_Reasoning_V3Processor(
         image_processor=hf.NemotronH_Omni_Reasoning_V3ImageProcessor(
             patch_size=4, min_num_patches=16, max_num_patches=120
         ),
         video_processor=hf.NemotronH_Omni_Reasoning_V3VideoProcessor(),
         tokenizer=tokenizer(marks),
-        feature_extractor=hf.ParakeetFeatureExtractor(),
+        feature_extractor=sound,
     )
 
 
@@ -136,14 +142,21 @@ def minimax() -> Any:
     )
 
 
-def real(entry: Entry, processor: Callable[[], Any]) -> Real:
+def real(entry: Entry, processor: Callable[[], Any], several: bool = True) -> Real:
     """The zoo's model of the family with its processor."""
     return Real(
         name=entry.name,
         build=lambda: (entry.model(), processor()),
         first=entry.first,
         mixers=entry.mixers,
+        several=several,
     )
+
+
+def tells_images_apart() -> bool:
+    """Before transformers 5.23, all images of a forward see each other in MiniMax-M3's tower."""
+    attention = modeling_minimax_m3_vl.MiniMaxM3VLVisionAttention
+    return "cu_seqlens" in signature(attention.forward).parameters
 
 
 REAL = (
@@ -158,5 +171,5 @@ REAL = (
     real(dynamic.LFM2, lfm2),
     real(dynamic.LFM3, lfm3),
     real(dynamic.NEMOTRON, nemotron),
-    real(dynamic.MINIMAX, minimax),
+    real(dynamic.MINIMAX, minimax, several=tells_images_apart()),
 )

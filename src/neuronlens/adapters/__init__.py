@@ -1,18 +1,75 @@
-"""Descriptions of model families, looked up by `config.model_type`."""
+"""Descriptions of model families, looked up by `config.model_type`.
+
+What the adapter of another family is written with is here; see docs/adapters.md.
+"""
 
 from neuronlens.adapters import families as _families  # noqa: F401 - registers them
 from neuronlens.adapters.base import ModelAdapter, SiteSelection, adapt, get, register
+from neuronlens.adapters.decoding import Decoding
+from neuronlens.adapters.discover import Block, feed_forward_blocks, special_block
 from neuronlens.adapters.family import FamilyAdapter
-from neuronlens.adapters.grids import ImageSize
+from neuronlens.adapters.geometry import Placement, resized_and_cropped, stretched
+from neuronlens.adapters.grids import (
+    Grid,
+    ImageSize,
+    Piece,
+    Seen,
+    cells,
+    flat,
+    in_blocks,
+    nothing,
+    pad,
+    queries,
+    raster,
+    rows,
+    special,
+    text_rows,
+)
 from neuronlens.adapters.structural import StructuralAdapter
+from neuronlens.adapters.taps import (
+    ActOutput,
+    Change,
+    DownInput,
+    Experts,
+    Functional,
+    NeuronKind,
+    Tap,
+)
 
 __all__ = [
+    "ActOutput",
+    "Block",
+    "Change",
+    "Decoding",
+    "DownInput",
+    "Experts",
     "FamilyAdapter",
+    "Functional",
+    "Grid",
     "ImageSize",
     "ModelAdapter",
+    "NeuronKind",
+    "Piece",
+    "Placement",
+    "Seen",
     "SiteSelection",
     "StructuralAdapter",
+    "Tap",
     "adapt",
+    "cells",
+    "feed_forward_blocks",
+    "flat",
     "get",
+    "in_blocks",
+    "nothing",
+    "pad",
+    "queries",
+    "raster",
     "register",
+    "resized_and_cropped",
+    "rows",
+    "special",
+    "special_block",
+    "stretched",
+    "text_rows",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -313,6 +314,13 @@ class ModelAdapter(ABC):
                     digest.update(f"{path}.{name} {tuple(own[name].shape)}".lstrip(".").encode())
                     digest.update(flat[::step][:64].to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:32]
+
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the model, without a cache where it has the choice."""
+        accepted = inspect.signature(self.model.forward).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        extra = {"use_cache": False} if "use_cache" in accepted or takes_all else {}
+        return self.model(**inputs, **extra)
 
     def require_eval(self) -> None:
         """Refuse a model whose dropout would change what is measured.

@@ -44,6 +44,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activation functions that a block is tried for."""
 
+KEPT = 64
+"""For how many shapes of images what was established is kept."""
+
 STRIPES = 64
 """The finest experiment: an image is changed in this many stripes along each axis."""
 
@@ -54,8 +57,8 @@ class StructuralAdapter(FamilyAdapter):
 
     The stack next to the token embedding is the language model; other numbered blocks are
     the vision encoder's, blocks without a number the projector's. To know the tokens of some
-    inputs, the model is run up to its first language layer, with pixels changed; what is
-    found holds for all inputs of the same shape and is kept. The first axis of
+    inputs, the model is run up to its first language layer, with pixels changed: twice for
+    every text, and many times, once, for every shape of the images. The first axis of
     `pixel_values` counts the images, its last two are pixels.
 
     Attributes:
@@ -64,7 +67,8 @@ class StructuralAdapter(FamilyAdapter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.established: list[str] = []
-        self._known: dict[tuple[Any, ...], tuple[Bool[Tensor, "batch token"], Seen]] = {}
+        self._seen: dict[tuple[Any, ...], Seen] = {}
+        self._last: tuple[tuple[Any, ...], Tensor, Seen] | None = None
         self._places: dict[tuple[ImageSize, ImageSize], Placement] = {}
         super().__init__(*args, **kwargs)
 
@@ -143,7 +147,7 @@ class StructuralAdapter(FamilyAdapter):
     ) -> Bool[Tensor, "batch token"]:
         """The positions at which the language model's input moves with the pixels."""
         if not self.has_images(inputs):
-            return torch.zeros(ids.shape, dtype=torch.bool)
+            return super().placeholders(inputs, ids)
         return self._experiment(inputs)[0]
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
@@ -165,23 +169,34 @@ class StructuralAdapter(FamilyAdapter):
         return self._places[original, size]
 
     def _experiment(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Seen]:
-        key = tuple(
-            (
-                name,
-                tuple(value.shape),
-                None if value.is_floating_point() else value.cpu().numpy().tobytes(),
-            )
-            for name, value in sorted(inputs.items())
-            if isinstance(value, Tensor)
-        )
-        if key not in self._known:
+        """Visual positions, by two runs per text; what they see, once per shape of the images."""
+        whole = _key(inputs)
+        if self._last is None or self._last[0] != whole:
             if next(self.model.parameters()).device.type == "meta":
                 raise AdapterError(
                     "What tokens are and see is established by running the model, which a model "
                     "on the meta device cannot. Load its weights first."
                 )
-            self._known[key] = _Experiment(self, inputs).result()
-        return self._known[key]
+            text = self.text(inputs).shape
+            images = _key(
+                {
+                    name: value
+                    for name, value in inputs.items()
+                    if isinstance(value, Tensor)
+                    and (value.is_floating_point() or value.shape != text)
+                }
+            )
+            experiment = _Experiment(self, inputs)
+            seen = self._seen.pop(images, None)
+            here = None if seen is None else experiment.positions()
+            expected = 0 if seen is None or seen.language is None else len(seen.language.role)
+            if seen is None or here is None or int(here.sum()) != expected:
+                here, seen = experiment.result()
+            self._seen[images] = seen
+            while len(self._seen) > KEPT:
+                self._seen.pop(next(iter(self._seen)))
+            self._last = (whole, here, seen)
+        return self._last[1], self._last[2]
 
     def __repr__(self) -> str:
         return super().__repr__()[:-1] + f"; {len(self.established)} things established)"
@@ -273,7 +288,10 @@ def _functional(model: nn.Module, say: Callable[[str], None]) -> Iterator[Block]
 
 
 def _candidate(block: nn.Module) -> dict[str, tuple[int, int]] | None:
-    """The projections of a block that could be feed-forward: into a width and out of it."""
+    """The projections of a block without activation module: into a width and out of it.
+
+    None for what is no such block.
+    """
     children = dict(block.named_children())
     if any(is_activation(child) for child in children.values()) or isinstance(
         block, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -287,6 +305,16 @@ def _candidate(block: nn.Module) -> dict[str, tuple[int, int]] | None:
         if all(size == (out, width) for size in rest) and width != out:
             return sizes
     return None
+
+
+def is_feed_forward(block: nn.Module) -> bool:
+    """Whether a block without an activation module is two or three projections and a function."""
+    projections = _candidate(block)
+    if projections is None:
+        return False
+    with suppress(AdapterError):
+        return _tried(block, list(projections)) is not None
+    return False
 
 
 def _tried(block: nn.Module, names: Sequence[str]) -> tuple[str, str, str | None, str] | None:
@@ -428,11 +456,18 @@ class _Experiment:
                     mixers.append(path)
         return list(dict.fromkeys(mixers))
 
+    def positions(self) -> Bool[Tensor, "batch token"]:
+        """Which positions of the text depend on any image."""
+        pixels = self.inputs[self.pixels]
+        plain = self.run(pixels, mixing=True)["language"]
+        moved = (self.run(pixels + _noise(pixels), mixing=True)["language"] != plain).any(-1)
+        self._check_text(moved)
+        return moved.cpu()
+
     def result(self) -> tuple[Tensor, Seen]:
         """Which positions of the text depend on the image, and what every token sees."""
         pixels = self.inputs[self.pixels]
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(pixels.shape, generator=generator).to(pixels) + 1
+        noise = _noise(pixels)
         plain = self.run(pixels, mixing=True)
         images = len(pixels)
         moved: dict[str, Tensor] = {}
@@ -524,6 +559,24 @@ class _Experiment:
             box[sees_none] = float("nan")
             boxes[stream] = box
         return boxes
+
+
+def _noise(pixels: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(pixels.shape, generator=generator).to(pixels) + 1
+
+
+def _key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Shapes of the floating inputs, and the whole of the others."""
+    return tuple(
+        (
+            name,
+            tuple(value.shape),
+            None if value.is_floating_point() else value.cpu().numpy().tobytes(),
+        )
+        for name, value in sorted(inputs.items())
+        if isinstance(value, Tensor)
+    )
 
 
 def _silence(call: Call) -> Any:

@@ -87,8 +87,9 @@ class KosmosAdapter(FamilyAdapter):
         return super().process(bare, images, add_special_tokens=add_special_tokens)
 
     def agreements(self) -> dict[str, tuple[Any, Any]]:
-        """How many queries there are."""
-        return {"image tokens": (self.processor.num_image_tokens, self._config.latent_query_num)}
+        """How many queries there are; processors before transformers 5.23 do not tell."""
+        theirs = getattr(self.processor, "num_image_tokens", None)
+        return {"image tokens": (theirs, self._config.latent_query_num)}
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Queries for every image."""

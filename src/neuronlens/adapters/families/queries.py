@@ -75,7 +75,10 @@ class AriaAdapter(FamilyAdapter):
         """Refuse a processor that cuts images into crops: inputs do not tell how many."""
         super().check_processor()
         # What the processor passes on goes before the image processor's own setting.
-        passed = getattr(self.processor, "images_kwargs", {})
+        passed = getattr(self.processor, "images_kwargs", None)
+        if passed is None:  # before transformers 5.23
+            arguments = getattr(self.processor, "valid_processor_kwargs", None)
+            passed = getattr(arguments, "_defaults", {}).get("images_kwargs", {})
         if passed.get("split_image", getattr(self.image_processor, "split_image", False)):
             raise AdapterError(
                 "The processor cuts images into crops (split_image=True), and its outputs do not "
