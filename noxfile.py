@@ -1,4 +1,4 @@
-"""Sessions: demo, tests, lint, types, docs, models_page, examples, train_testbed.
+"""Sessions: demo, tests, oldest, lint, types, docs, models_page, examples, train_testbed.
 
 Needs nox with uv: pip install 'nox[uv]'.
 """
@@ -44,6 +44,18 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "2", "--dist", "loadgroup", env=SMALL)
     _docs(session)
     _examples(session)
+    session.notify("oldest")
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The suite on the oldest transformers of the range that pyproject.toml declares."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    needed = next(each for each in project["dependencies"] if each.startswith("transformers"))
+    release = needed.split(">=")[1].split(",")[0]
+    packages = [each for each in MODEL if each != "transformers"]
+    session.install("-e", ".[report,table]", *packages, f"transformers=={release}.0", *TESTS)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env=SMALL)
 
 
 @nox.session

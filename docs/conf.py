@@ -49,13 +49,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm without ipywidgets
 
-TESTBED = "neuronlens.testbed"
+NAMESPACES = {
+    "neuronlens.testbed": nl.testbed.__all__,
+    "neuronlens.adapters": [name for name in nl.adapters.__all__ if name not in nl.__all__],
+    "neuronlens.testing": ["check_adapter", "Checked"],
+}
 
 
 def public_names() -> set[str]:
     """Dotted names that the API pages have to describe."""
     root = {f"neuronlens.{name}" for name in nl.__all__}
-    return root | {f"{TESTBED}.{name}" for name in nl.testbed.__all__}
+    return root | {f"{space}.{name}" for space, names in NAMESPACES.items() for name in names}
 
 
 def link_public_name(app: Any, env: Any, node: Any, text: Any) -> Any:
@@ -63,7 +67,7 @@ def link_public_name(app: Any, env: Any, node: Any, text: Any) -> Any:
     if node.get("refdomain") != "py":
         return None
     name = node["reftarget"].rsplit(".", 1)[-1]
-    for full in (f"neuronlens.{name}", f"{TESTBED}.{name}"):
+    for full in (f"{space}.{name}" for space in ("neuronlens", *NAMESPACES)):
         if full in public_names():
             return env.get_domain("py").resolve_xref(
                 env, node["refdoc"], app.builder, "obj", full, node, text

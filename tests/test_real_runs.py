@@ -427,7 +427,7 @@ def trained(name: str) -> Run:
     run = load(name)
     for module in run.model.modules():
         for key, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in key or (key == "p")):
+            if isinstance(value, float) and ("drop" in key or key == "p"):
                 setattr(module, key, 0.0)
     plain = run.logits()
     assert torch.equal(run.model.train()(**run.inputs).logits, plain)
@@ -666,7 +666,9 @@ PRECISIONS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype", "attention"), PRECISIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "attention"), PRECISIONS, ids=["-".join(map(str, p)) for p in PRECISIONS]
+)
 def test_activations_are_the_models_own_in_every_precision(
     name: str, dtype: torch.dtype, attention: str, tmp_path: Path
 ) -> None:
@@ -843,10 +845,7 @@ def test_a_kernel_that_bypasses_the_activation_is_an_error(name: str, site: str,
     for block in refusing:
         with pytest.raises(CaptureError, match=what), block():
             run.logits()
-    with (
-        pytest.raises(CaptureError, match=what),
-        nl.ActivationRecorder(vlm, None),
-    ):
+    with pytest.raises(CaptureError, match=what), nl.ActivationRecorder(vlm, None):
         generate(run, padded_on("left", run.inputs))
     others = [n for n in vlm.sites if n not in inside]
     kept = run.recorded(others).activations
@@ -867,11 +866,13 @@ def test_a_kernel_for_the_experts_alone_changes_nothing_or_is_an_error(name: str
         assert_deactivates(run, plain, expected)
         return
     (routed,) = (site for site in run.vlm.sites.values() if site.experts)
-    with (
-        pytest.raises(CaptureError, match=rf"{routed.name}.*without kernels"),
-        nl.deactivate(run.vlm, routed.neuron(0, 0)),
-    ):
-        run.logits()
+    for beside in (ExitStack(), nl.ActivationRecorder(run.vlm, None)):
+        with (
+            pytest.raises(CaptureError, match=rf"{re.escape(routed.name)}.*without kernels"),
+            beside,
+            nl.deactivate(run.vlm, routed.neuron(0, 0)),
+        ):
+            run.logits()
 
 
 # Implementations of routed experts.

@@ -26,7 +26,10 @@ def deactivate(adapter: ModelAdapter, neurons: NeuronId | Iterable[NeuronId]) ->
     No weight is touched, so it works on offloaded and quantised models. What a neuron writes
     is gone: where nothing stands between activation and down projection, the output is that
     of the model with this column of the down projection zeroed. Where something does (a
-    LayerNorm in Kosmos-2), the other neurons' values change as well.
+    LayerNorm in Kosmos-2), the other neurons' values change as well. Recorded at the same time,
+    everything behind a deactivated neuron is as it runs; the neuron itself reads 0 if the
+    recorder was entered inside this block and its activation is a module's output, else what it
+    would have been.
 
     Args:
         adapter: Of the model.

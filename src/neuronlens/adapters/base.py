@@ -48,6 +48,7 @@ class ModelAdapter(ABC):
         growing: Streams that generation adds tokens to.
         answer_stream: The stream that reads a sample's response: the decoder's of an
             encoder-decoder model.
+        one_image: Whether the model takes one image with each text, and not several.
         before_response: What is written between prompt and response where no chat template is.
         prefixes_images: Whether image tokens are put before the text by the model, so that
             the language stream is longer than the text.
@@ -57,6 +58,7 @@ class ModelAdapter(ABC):
     text_input: str = "input_ids"
     growing: tuple[str, ...] = ("language",)
     answer_stream: str = "language"
+    one_image: bool = False
     before_response: str = " "
     prefixes_images: bool = False
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from inspect import unwrap
 from itertools import takewhile
 from typing import Any, Literal, cast
 
@@ -353,6 +354,14 @@ def _capped(name: str = "final_logit_softcapping", float32: bool = False) -> Aft
     return lambda owner, text: {"cap": getattr(text, name, None), "float32": float32}
 
 
+def _paligemma(owner: Any, text: Any) -> dict[str, Any]:
+    from transformers import PaliGemmaForConditionalGeneration
+
+    # Before transformers 5.23 it capped nothing, whatever its text config says.
+    said = unwrap(PaliGemmaForConditionalGeneration.forward).__code__.co_consts
+    return _capped()(owner, text) if "final_logit_softcapping" in said else {}
+
+
 def _t5(when: str) -> After:
     return lambda owner, text: {"state_scale": text.d_model**-0.5 if getattr(text, when) else 1.0}
 
@@ -414,7 +423,6 @@ AFTER: dict[str, After] = {
             "gemma4_unified_text",
             "mistral_large4",
             "nanochat",
-            "paligemma",
             "t5gemma",
             "t5gemma2",
             "vaultgemma",
@@ -422,6 +430,7 @@ AFTER: dict[str, After] = {
         _capped(),
     ),
     **dict.fromkeys(("beam", "diffusion_gemma"), _capped(float32=True)),
+    "paligemma": _paligemma,
     "recurrent_gemma": _capped("logits_soft_cap"),
     "xlstm": _capped("output_logit_soft_cap", float32=True),
     **dict.fromkeys(("muse_glimmer", "muse_spark"), _muse),

@@ -213,7 +213,8 @@ def _painted(image_processor: Any, original: ImageSize, size: ImageSize) -> Plac
     def processed(pixels: NDArray[np.uint8]) -> Tensor:
         found = image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")
         images = [v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()]
-        if len(images) != 1 or tuple(images[0].shape[-2:]) != (size[1], size[0]):
+        is_one = len(images) == 1 and images[0].numel() <= 4 * size[0] * size[1]
+        if not is_one or tuple(images[0].shape[-2:]) != (size[1], size[0]):
             raise AdapterError(
                 f"{type(image_processor).__name__} makes "
                 f"{[tuple(image.shape) for image in images]} of an image of {original} (width, "
@@ -227,6 +228,11 @@ def _painted(image_processor: Any, original: ImageSize, size: ImageSize) -> Plac
             f"pixels; there is {type(image_processor).__name__}, and an image of {original}."
         )
     moved = (processed(painted) - processed(black)).abs()
+    if not moved.any():
+        raise AdapterError(
+            f"The painted middle of a picture of {original} is nowhere in what "
+            f"{type(image_processor).__name__} makes of it. Boxes cannot be placed. {WRITE_ONE}"
+        )
     scale, cut = [], []
     for axis, (low, high) in enumerate([(part[0], part[2]), (part[1], part[3])]):
         along = moved.sum(axis)
@@ -312,9 +318,10 @@ def is_feed_forward(block: nn.Module) -> bool:
     projections = _candidate(block)
     if projections is None:
         return False
-    with suppress(AdapterError):
+    try:
         return _tried(block, list(projections)) is not None
-    return False
+    except AdapterError:  # gated by a function that is not known, or two maps in a row
+        return len(projections) == 3
 
 
 def _tried(block: nn.Module, names: Sequence[str]) -> tuple[str, str, str | None, str] | None:
@@ -425,7 +432,11 @@ class _Experiment:
             for path in self._mixers():
                 points[path] = [Point(model.get_submodule(path), _silence)]
         inputs = self.inputs | {self.pixels: pixels}
-        with torch.no_grad(), suppress(_FirstLayerReachedError), attached(points):
+        with (
+            torch.no_grad(),
+            suppress(_FirstLayerReachedError),
+            attached(points, may_be_left_out=points),
+        ):
             model(**inputs)
         if "language" not in seen:
             raise AdapterError(

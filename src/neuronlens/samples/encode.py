@@ -125,6 +125,12 @@ def prepare(
     if response and not answer:
         raise SampleError(sample.id, "no response", "its text tokens are what is looked at.")
     images = sample.open_images()
+    if adapter.one_image and len(images) > 1:
+        raise SampleError(
+            sample.id,
+            "several images",
+            f"{type(adapter.model).__name__} takes one image with each text, not {len(images)}.",
+        )
     token = adapter.image_token
     if token and token in sample.prompt + answer:
         raise SampleError(sample.id, "image token in text", f"remove {token!r} from it.")

@@ -40,6 +40,8 @@ class BlipAdapter(FamilyAdapter):
     each. `generate()` calls the language model by itself, so it cannot be recorded.
     """
 
+    one_image = True
+
     parts: ClassVar[tuple[Part, ...]] = (
         ("qformer.text", r"^qformer\..*\.intermediate$"),
         ("language.decoder", r"^language_model\.decoder\."),

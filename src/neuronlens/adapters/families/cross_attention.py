@@ -51,6 +51,8 @@ def _page(image_processor: Any, original: ImageSize, size: ImageSize) -> Placeme
 class CrossAttentionAdapter(FamilyAdapter):
     """A text decoder that has the image only in the keys and values of its cross-attention."""
 
+    one_image = True
+
     text_input = "decoder_input_ids"
 
     def placeholders(
@@ -95,6 +97,8 @@ class CrossAttentionAdapter(FamilyAdapter):
 @register("blip")
 class BlipAdapter(CrossAttentionAdapter):
     """BLIP's captioning model. Streams: `vision` [image, CLS + patch], `language`."""
+
+    one_image = True
 
     text_input = "input_ids"
 

@@ -55,6 +55,8 @@ class EncoderDecoderAdapter(FamilyAdapter):
 class Florence2Adapter(EncoderDecoderAdapter):
     """Florence-2. Streams: `vision.stages.N` [image, cell], `language`, `language.decoder`."""
 
+    one_image = True
+
     parts = (("language.decoder", r"language_model\.decoder\."),)
 
     @property

@@ -42,6 +42,8 @@ class KosmosAdapter(FamilyAdapter):
     Image tokens have ordinary ids: `image_embeds_position_mask` tells them.
     """
 
+    one_image = True
+
     def blocks(self) -> Iterable[Block]:
         """The tower runs first, though it is the model's second part."""
         return sorted(super().blocks(), key=lambda block: block.path.startswith("text_model"))

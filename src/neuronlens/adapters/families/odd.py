@@ -38,6 +38,8 @@ class GitAdapter(FamilyAdapter):
     videos, the frames' one after the other.
     """
 
+    one_image = True
+
     prefixes_images = True
 
     def check_model(self) -> None:

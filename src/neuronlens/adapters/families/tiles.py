@@ -255,6 +255,8 @@ class PPChart2TableAdapter(_UntoldGridAdapter):
 class GotOcr2Adapter(PPChart2TableAdapter):
     """As PP-Chart2Table; tiles, or pages, if its processor is asked for them."""
 
+    one_image = True
+
     towers: ClassVar[tuple[str, ...]] = ("got_ocr2_vision",)
 
     def cuts(self, text: Text, per_tile: int, tile: int, sizes: list[ImageSize]) -> Iterable[Cut]:

@@ -290,6 +290,8 @@ class FuyuAdapter(FamilyAdapter):
     One image per text, as its processor has it.
     """
 
+    one_image = True
+
     def process(
         self, texts: Sequence[str], images: Sequence[Sequence[Any]], *, add_special_tokens: bool
     ) -> dict[str, Any]:
