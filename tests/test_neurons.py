@@ -93,7 +93,9 @@ def test_only_a_site_with_the_flag_is_inert():
 
 
 def test_an_unknown_name_is_a_lookup_error_that_lists_near_names_or_the_first_twelve():
-    near = UnknownNameError("site", "langage.1", ["language.1", "vision.1"])
+    few = UnknownNameError("site", "langage.1", ["language.1", "vision.1"])
+    assert str(few) == "No site 'langage.1'. Known: language.1, vision.1."
+    near = UnknownNameError("site", "langage.1", ["language.1", *"abcde"])
     assert isinstance(near, LookupError)
     assert isinstance(near, NeuronLensError)
     assert str(near) == "No site 'langage.1'. Closest: language.1."

@@ -72,6 +72,8 @@ class ModelAdapter(ABC):
         self.neuron_kind: NeuronKind = neuron
         self.taps: dict[str, Tap] = {}
         self._config: Any = model.config
+        text = getattr(self._config, "get_text_config", lambda: self._config)()
+        self.max_tokens = getattr(text, "max_position_embeddings", None)
         self.check_model()
         if processor is not None:
             self.check_processor()

@@ -59,11 +59,6 @@ class FamilyAdapter(ModelAdapter):
         "video_token_index",
     )
 
-    def check_model(self) -> None:
-        """How many tokens the model takes; a family adds what its description needs."""
-        text = self._config.get_text_config()
-        self.max_tokens = getattr(text, "max_position_embeddings", None)
-
     # What a family says of itself.
 
     @abstractmethod

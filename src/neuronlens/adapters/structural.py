@@ -76,8 +76,6 @@ class StructuralAdapter(FamilyAdapter):
 
     def check_model(self) -> None:
         """Find the language stack: the numbered blocks next to the token embedding."""
-        text = getattr(self._config, "get_text_config", lambda: self._config)()
-        self.max_tokens = getattr(text, "max_position_embeddings", None)
         self._found = [*feed_forward_blocks(self.model), *_functional(self.model, self._say)]
         order = {path: i for i, (path, _) in enumerate(self.model.named_modules())}
         self._found.sort(key=lambda block: order[block.path])
