@@ -17,7 +17,7 @@ nox.options.error_on_missing_interpreters = True
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
     *("pytest", "pytest-xdist", "hypothesis", "scipy"),
-    *("accelerate", "scikit-image", "scikit-learn", "pandas", "timm"),
+    *("accelerate", "bitsandbytes", "scikit-image", "scikit-learn", "pandas", "timm"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]
 # One thread is the fastest for models this small; several on a busy machine wait for each other.

@@ -826,3 +826,13 @@ def test_more_images_than_placeholders_and_none_are_both_told(vlm):
 def test_an_unknown_site_lists_near_names(vlm):
     with pytest.raises(UnknownNameError, match=r"language\.9.*language\.3|language\.9.*Closest"):
         vlm.site("language.9")
+
+
+def test_a_processor_that_lacks_what_the_family_compares_is_another_models():
+    class Needy(LlavaAdapter):
+        def agreements(self):
+            return {"tiles": (self.processor.image_processor.max_tiles, 4)}
+
+    bed = testbed.load()
+    with pytest.raises(AdapterError, match="belongs to another model.*max_tiles"):
+        Needy(bed.model, bed.processor)

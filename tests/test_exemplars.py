@@ -334,3 +334,13 @@ def test_what_cannot_be_looked_at_is_refused(vlm, scenes):
         nl.look(vlm, NeuronId("language.0", 9999), scenes[0])
     with pytest.raises(SampleError, match="no image"):
         nl.look(vlm, NEURONS[0], replace(scenes[0], images=()))
+
+
+def test_tokens_that_see_no_region_paint_no_picture():
+    seen = exemplar("ssvvpr", [0, 0, 5, 3, 0, 1])
+    blind = replace(seen, tokens=replace(seen.tokens, box=seen.tokens.box * float("nan")))
+    assert blind._repr_html_().count("<img") == 1 < seen._repr_html_().count("<img")
+    assert "they see no single region" in blind._repr_html_()
+    assert "see no single region" not in seen._repr_html_()
+    assert blind.figure().width < seen.figure().width or blind.figure().size != seen.figure().size
+    assert "on visual tokens -" in exemplar("ssppr", [0, 0, 0, 0, 1])._repr_html_()

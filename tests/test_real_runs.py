@@ -447,7 +447,7 @@ def gradients(run: Run, inside: Callable[[], Any], after: bool = False) -> dict[
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saving", "reentrant"])
-@pytest.mark.parametrize("name", [*SOME, "lfm3_vl"])
+@pytest.mark.parametrize("name", [*SOME, "lfm2_vl"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @RENAMED
 def test_checkpointing_records_each_token_once_and_recording_moves_no_gradient(
@@ -532,7 +532,7 @@ def test_gradients_of_a_deactivated_model_are_those_of_the_ablated_one(
 # Generation.
 
 
-GENERATING = [name for name in (*SOME, "gemma4+moe") if name != "blip-2"]
+GENERATING = [name for name in (*SOME, "glm4v_moe") if name != "blip-2"]
 WAYS = {
     "dynamic cache": {},
     "static cache": {"cache_implementation": "static"},
@@ -823,7 +823,7 @@ KERNELS = [
     ("qwen3_vl_moe", "language.1", "model.language_model.layers.1.mlp"),
     ("llama4", "language.1", "language_model.model.layers.1.feed_forward"),
     ("internvl+gpt_oss", "language.0", "model.language_model.layers.0.mlp"),
-    ("lfm3_vl", "language.1", "model.language_model.layers.1.feed_forward"),
+    ("lfm2_vl", "language.1", "model.language_model.layers.1.feed_forward"),
 ]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.generation import utils as generation
 
 import neuronlens as nl
 from neuronlens import testbed
@@ -344,6 +345,12 @@ WAYS = {
     "chunks of which the last is one token": {"prefill_chunk_size": 35},
     "chunks of which the first has no image": {"prefill_chunk_size": 2},
 }
+# Before transformers 5.23, a prompt in chunks is read without its image.
+SEEING = [
+    way
+    for way, how in WAYS.items()
+    if "prefill_chunk_size" not in how or hasattr(generation, "_slice_mm_encoder_output")
+]
 
 
 def generated(vlm, batch, sites=None, **how):
@@ -369,7 +376,7 @@ def ended_early(out: Tensor, prompt: int, end: int) -> list[list[Role]]:
     return roles
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SEEING)
 def test_generation_records_what_one_teacher_forced_forward_gives(vlm, asked, way):
     recorder, out = generated(vlm, asked, **WAYS[way])
     prompt = asked.inputs["input_ids"].shape[1]
@@ -381,7 +388,7 @@ def test_generation_records_what_one_teacher_forced_forward_gives(vlm, asked, wa
     assert_recorded(recorder.activations, by_hand(vlm.model, *fed(asked, out)))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SEEING)
 def test_generation_with_padding_records_what_one_teacher_forced_forward_gives(vlm, padded, way):
     recorder, out = generated(vlm, padded, **WAYS[way])
     ids, pixels, mask = fed(padded, out)

@@ -95,6 +95,11 @@ class Exemplar:
             for mask in (self.visual, self.text)
         )
 
+    @cached_property
+    def regions(self) -> Bool[np.ndarray, " token"]:
+        """True at visual tokens that see one region of an image."""
+        return np.asarray(self.visual & ~np.isnan(self.tokens.box.numpy()).any(-1))
+
     def pictures(self, values: Float[np.ndarray, " token"] | None = None) -> list[Painted]:
         """Each image of the sample, painted with `values` (0..10) instead of its own."""
         level = self.level if values is None else values
@@ -130,7 +135,11 @@ class Exemplar:
 
         Source: P1, Figure 1.
         """
-        shown = [each for p in self.pictures() for each in (p.image, p.modulated, p.heat)]
+        shown = [
+            each
+            for p in self.pictures()
+            for each in ((p.image, p.modulated, p.heat) if self.regions.any() else (p.image,))
+        ]
         pieces, level = self._text(self.level)
         return figure(shown, pieces, level, self._title())
 
@@ -148,9 +157,11 @@ class Exemplar:
     def _title(self) -> str:
         visual, text = self.maximum_by_modality
         where = "" if self.rank is None else f", rank {self.rank}"
+        seen, read = ("-" if np.isnan(value) else f"{value:.1f}" for value in (visual, text))
+        regions = "" if self.regions.any() or seen == "-" else " (they see no single region)"
         return (
             f"{self.neuron} on sample {self.sample.id}{where}: "
-            f"largest on visual tokens {visual:.1f}, on text {text:.1f}"
+            f"largest on visual tokens {seen}{regions}, on text {read}"
         )
 
     def _repr_html_(self) -> Html:
@@ -162,6 +173,7 @@ class Exemplar:
                 ("modulated", painted.modulated),
                 ("heat", painted.heat),
             )
+            if name == "image" or self.regions.any()
         )
         return Html(
             f'<div style="font-family:system-ui,sans-serif;font-size:13px;max-width:640px">'
@@ -429,7 +441,7 @@ def _compare(
 
 def look(
     adapter: ModelAdapter,
-    neuron: NeuronId,
+    neuron: NeuronId | str,
     sample: Sample,
     *,
     maximum: float | None = None,
@@ -439,7 +451,7 @@ def look(
 
     Args:
         adapter: Of the model, with its processor.
-        neuron: Which neuron.
+        neuron: Which neuron, or how it is written (`"language.16/4347"`).
         sample: Any sample; the response is optional.
         maximum: What is 10 on the 0..10 scale, such as `atlas.maximum(neuron)`; by default
             the largest activation on this sample.
@@ -453,6 +465,7 @@ def look(
         AdapterError: If the model is in training mode.
     """
     adapter.require_eval()
+    neuron = NeuronId.parse(neuron) if isinstance(neuron, str) else neuron
     site = adapter.site(neuron.site)
     row = site.row(neuron)
     batch = encode(adapter, [sample], template=template)

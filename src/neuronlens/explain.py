@@ -64,14 +64,14 @@ Modality = Literal["visual", "text"]
 def modalities(category: Category, exemplars: Sequence[Exemplar]) -> tuple[Modality, ...]:
     """On which tokens a neuron is explained and scored: those of its category.
 
-    For an unknown neuron, those that its stream has.
+    For an unknown neuron, those that its stream has; visual tokens count if they see a region.
     """
     if category == "visual" or category == "text":
         return (category,)
     if category == "multimodal":
         return ("visual", "text")
     present: list[Modality] = []
-    if any(each.visual.any() for each in exemplars):
+    if any(each.regions.any() for each in exemplars):
         present.append("visual")
     if any(each.text.any() for each in exemplars):
         present.append("text")
@@ -152,13 +152,16 @@ class DissectionExplainer:
         if not job.exemplars:
             return Failure("no exemplar to explain from")
         found = self._matches(job.exemplars, job.category, None, known)
+        counts = modalities(job.category, job.exemplars)
+        if not found and "visual" in counts and not any(e.regions.any() for e in job.exemplars):
+            return Failure("its visual tokens see no single region, so no mask can be compared")
         if not found:
             return Failure("no known concept fits the exemplars (are they annotated?)")
         best = found[0]
         return Explanation(
-            sentence=_sentence(best, job.category),
-            phrases=() if job.category == "text" else (best.concept,),
-            words=() if job.category == "visual" else self._words(best.concept),
+            sentence=_sentence(best, counts),
+            phrases=(best.concept,) if "visual" in counts else (),
+            words=self._words(best.concept) if "text" in counts else (),
             predicts=best.predicts,
             ties=tuple(
                 m.concept
@@ -235,13 +238,12 @@ def _pooled(
     return correlation(np.concatenate(true), np.concatenate(predicted))[0]
 
 
-def _sentence(match: Match, category: Category) -> str:
+def _sentence(match: Match, counts: Sequence[Modality]) -> str:
     seen = f"parts of the image that are “{match.concept}”"
     read = (
         f"the place right before the word “{match.concept}”"
         if match.predicts
         else f"the word “{match.concept}”"
     )
-    if category == "visual":
-        return seen
-    return read if category == "text" else f"{seen}, and {read}"
+    said = {"visual": seen, "text": read}
+    return ", and ".join(said[each] for each in counts)

@@ -15,7 +15,9 @@ from neuronlens.neurons import NeuronId
 
 
 @contextmanager
-def deactivate(adapter: ModelAdapter, neurons: NeuronId | Iterable[NeuronId]) -> Iterator[None]:
+def deactivate(
+    adapter: ModelAdapter, neurons: NeuronId | str | Iterable[NeuronId | str]
+) -> Iterator[None]:
     """Set the act_fn outputs of some neurons to 0, at every token, for the length of the block.
 
     ::
@@ -29,11 +31,13 @@ def deactivate(adapter: ModelAdapter, neurons: NeuronId | Iterable[NeuronId]) ->
     LayerNorm in Kosmos-2), the other neurons' values change as well. Recorded at the same time,
     everything behind a deactivated neuron is as it runs; the neuron itself reads 0 if the
     recorder was entered inside this block and its activation is a module's output, else what it
-    would have been.
+    would have been. With gradient checkpointing, run `backward()` inside the block too: behind
+    it, the recomputation would be without the change.
 
     Args:
         adapter: Of the model.
-        neurons: One or more; those of routed blocks name their expert.
+        neurons: One or more, or how they are written (`"language.16/4347"`); those of routed
+            blocks name their expert.
 
     Source: P2, section 4.3 (the neurons' activations are set to zero).
 
@@ -49,10 +53,11 @@ def deactivate(adapter: ModelAdapter, neurons: NeuronId | Iterable[NeuronId]) ->
 @contextmanager
 def _changed(
     adapter: ModelAdapter,
-    neurons: NeuronId | Iterable[NeuronId],
+    neurons: NeuronId | str | Iterable[NeuronId | str],
     to: Callable[[Tensor], Tensor],
 ) -> Iterator[None]:
-    chosen = [neurons] if isinstance(neurons, NeuronId) else list(neurons)
+    several = [neurons] if isinstance(neurons, (NeuronId, str)) else neurons
+    chosen = [NeuronId.parse(each) if isinstance(each, str) else each for each in several]
     by_site: dict[str, dict[int | None, list[int]]] = {}
     for neuron in chosen:
         site = adapter.site(neuron.site)

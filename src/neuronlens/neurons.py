@@ -101,6 +101,13 @@ class NeuronSite:
         """
         if not 0 <= index < self.width:
             raise UnknownNameError(f"neuron in {self.name}", index, [f"0 to {self.width - 1}"])
+        if expert is None and self.experts:
+            raise UnknownNameError(
+                f"expert in {self.name}",
+                None,
+                [f"0 to {self.experts - 1}"],
+                "The site is routed: say which expert's neuron is meant, with expert=.",
+            )
         if (expert is None) != (self.experts == 0) or not 0 <= (expert or 0) < max(1, self.experts):
             known = [f"0 to {self.experts - 1}"] if self.experts else ["None (a dense block)"]
             raise UnknownNameError(f"expert in {self.name}", expert, known)

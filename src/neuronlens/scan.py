@@ -139,7 +139,25 @@ class _Scan:
                 gone = next(each for each in ready if each.sample.id == error.sample_id)
                 skipped.append(_skip(places[id(gone.sample)], error))
                 ready.remove(gone)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                # What its processor cannot do (an image of one pixel) is one sample's fault, unless
+                # it is everybody's.
+                refused = [each for each in ready if self._refuses(each)]
+                if not refused or (len(refused) == len(ready) and not self.records):
+                    raise
+                for each in refused:
+                    detail = f"{type(error).__name__}: {error}"
+                    reason = SampleError(each.sample.id, "refused by the processor", detail)
+                    skipped.append(_skip(places[id(each.sample)], reason))
+                    ready.remove(each)
         return None
+
+    def _refuses(self, prepared: Prepared) -> bool:
+        try:
+            collate(self.adapter, [prepared])
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return True
+        return False
 
     def _commit(
         self,

@@ -119,9 +119,16 @@ class FamilyAdapter(ModelAdapter):
             )
         ours = self.placeholder_ids()
         theirs = self.placeholder_of_processor
+        try:
+            agreements = self.agreements()
+        except AttributeError as error:
+            raise AdapterError(
+                f"{type(processor).__name__} belongs to another model: {error}. Load the processor "
+                f"of {self.name!r}."
+            ) from error
         said = [
             f"{what} {other!r} (the model's is {mine!r})"
-            for what, (other, mine) in self.agreements().items()
+            for what, (other, mine) in agreements.items()
             if other is not None and other != mine
         ]
         if theirs is not None and ours and theirs not in ours:

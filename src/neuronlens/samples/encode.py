@@ -131,9 +131,9 @@ def prepare(
             "several images",
             f"{type(adapter.model).__name__} takes one image with each text, not {len(images)}.",
         )
-    token = adapter.image_token
-    if token and token in sample.prompt + answer:
-        raise SampleError(sample.id, "image token in text", f"remove {token!r} from it.")
+    for token in _image_tokens(adapter):
+        if token in sample.prompt + answer:
+            raise SampleError(sample.id, "image token in text", f"remove {token!r} from it.")
     asked = _rendered(adapter, len(images), sample.prompt, "", template)
     decoded = answer if adapter.answer_stream != "language" else ""
     if decoded:
@@ -156,6 +156,15 @@ def prepare(
         + [Role.RESPONSE] * (len(said_ids) - len(asked_ids))
     )
     return Prepared(sample, tuple(images), said, tuple(said_ids), tuple(roles), decoded)
+
+
+def _image_tokens(adapter: ModelAdapter) -> set[str]:
+    """The text that a processor, or the model, takes for an image or a video."""
+    processor = adapter.processor
+    ids = adapter.placeholder_ids()
+    known = {adapter.image_token, *processor.tokenizer.convert_ids_to_tokens(ids)}
+    known |= {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
+    return {str(each) for each in known if each and str(each).strip()}
 
 
 def _rendered(adapter: ModelAdapter, images: int, prompt: str, answer: str, template: bool) -> str:
