@@ -834,5 +834,5 @@ def test_a_processor_that_lacks_what_the_family_compares_is_another_models():
             return {"tiles": (self.processor.image_processor.max_tiles, 4)}
 
     bed = testbed.load()
-    with pytest.raises(AdapterError, match="belongs to another model.*max_tiles"):
+    with pytest.raises(AdapterError, match=r"belongs to another model.*max_tiles"):
         Needy(bed.model, bed.processor)

@@ -117,6 +117,22 @@ def test_visual_tokens_are_those_that_depend_on_the_photo(real: Real, vlm: nl.Mo
     assert bool((~box.isnan()).any()) == (real.spatial == "region")
 
 
+def overlaps(box: Tensor, grow: float, region: tuple[int, int, int, int]) -> Tensor:
+    left, top, right, bottom = region
+    return (
+        (box[:, 0] < right + grow)
+        & (box[:, 2] > left - grow)
+        & (box[:, 1] < bottom + grow)
+        & (box[:, 3] > top - grow)
+    )
+
+
+def reach_of(real: Real, box: Tensor) -> float:
+    """How far resampling and convolutions reach, in original pixels, by the smallest token."""
+    area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    return real.margin * float(area.min()) ** 0.5 / 8
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_boxes_are_where_the_photo_moves_tokens(
     real: Real, vlm: nl.ModelAdapter, number: int
@@ -135,9 +151,7 @@ def test_boxes_are_where_the_photo_moves_tokens(
     assert box[seen].min() >= 0
     assert box[seen][:, 2].max() <= width
     assert box[seen][:, 3].max() <= height
-    share = (box[seen][:, 2] - box[seen][:, 0]) * (box[seen][:, 3] - box[seen][:, 1])
-    # How many original pixels one processed pixel is, from the smallest token's side.
-    reach = real.margin * float(share.min()) ** 0.5 / 8
+    reach = reach_of(real, box[seen])
     checked = 0
     for region in [
         (0, 0, width // 3, height // 3),
@@ -147,15 +161,6 @@ def test_boxes_are_where_the_photo_moves_tokens(
         other = nl.encode(vlm, [sample(real, changed(image, region))], template=real.template)
         after = first_input(real, vlm.model, other, unmixed=True)
         moved = moved_between(after, plain).flatten()
-
-        def overlaps(box: Tensor, grow: float, region: tuple[int, int, int, int]) -> Tensor:
-            left, top, right, bottom = region
-            return (
-                (box[:, 0] < right + grow)
-                & (box[:, 2] > left - grow)
-                & (box[:, 1] < bottom + grow)
-                & (box[:, 3] > top - grow)
-            )
 
         surely = overlaps(box, -reach, region) & seen
         surely_not = ~overlaps(box, reach, region) & seen
@@ -180,3 +185,34 @@ def test_two_photos_in_one_sample_are_numbered(real: Real, vlm: nl.ModelAdapter)
         other = nl.encode(vlm, [sample(real, *pictures)], template=real.template)
         moved = moved_between(first_input(real, vlm.model, other), plain)
         assert torch.equal(moved.flatten(), (tokens.image == which).flatten())
+
+
+def test_boxes_of_a_second_photo_and_of_a_second_sample_are_its_own(
+    real: Real, vlm: nl.ModelAdapter
+) -> None:
+    if real.spatial != "region":
+        return
+    one, two = photo(0), photo(1)
+    region = (two.width // 2, two.height // 2, two.width, two.height)
+
+    def batch(second: Image.Image) -> Any:
+        rows = [sample(real, one, id="a"), sample(real, second, id="b")]
+        if real.several:
+            rows = [sample(real, one, second, id="a"), sample(real, second, id="b")]
+        return nl.encode(vlm, rows, template=real.template)
+
+    made = batch(two)
+    plain = first_input(real, vlm.model, made, unmixed=True)
+    after = first_input(real, vlm.model, batch(changed(two, region)), unmixed=True)
+    moved = moved_between(after, plain).flatten()
+    tokens = made.tokens["language"]
+    box, image, row = tokens.box.reshape(-1, 4), tokens.image.flatten(), tokens.sample.flatten()
+    seen = (tokens.role.flatten() == nl.Role.VISUAL) & ~box.isnan().any(-1)
+    is_two = (row == 1) | (image == 1)
+    reach = reach_of(real, box[seen])
+    surely = overlaps(box, -reach, region) & seen & is_two
+    surely_not = seen & ~(overlaps(box, reach, region) & is_two)
+    assert surely.any()
+    assert surely_not.any()
+    assert moved[surely].all()
+    assert not moved[surely_not].any()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import neuronlens as nl
@@ -104,27 +105,6 @@ def texts(lengths) -> list[nl.Sample]:
     batch_size=st.integers(1, 9),
     window=st.integers(1, 20),
 )
-def test_a_sample_that_its_processor_refuses_is_skipped_and_named(
-    vlm, scenes, tmp_path, monkeypatch
-):
-    plain = type(vlm).process
-
-    def process(self, texts, images, *, add_special_tokens):
-        if any(image.size == (3, 64) for row in images for image in row):
-            raise ZeroDivisionError("an image too thin")
-        return plain(self, texts, images, add_special_tokens=add_special_tokens)
-
-    monkeypatch.setattr(type(vlm), "process", process)
-    thin = replace(scenes[0], id="thin", images=(Image.new("RGB", (3, 64)),), annotations=())
-    with pytest.warns(UserWarning, match="1 of 6 samples were skipped: 1 refused by the processor"):
-        atlas = nl.scan(vlm, [*scenes[:3], thin, *scenes[3:5]], out=tmp_path / "a", batch_size=3)
-    (skipped,) = atlas.manifest.skipped
-    assert (skipped.id, skipped.position) == ("thin", 3)
-    assert "ZeroDivisionError: an image too thin" in skipped.detail
-    with pytest.raises(ZeroDivisionError):
-        nl.scan(vlm, [thin], out=tmp_path / "b")
-
-
 def test_a_plan_deals_every_sample_once_and_never_crosses_a_window(lengths, batch_size, window):
     samples = texts(lengths)
     plan = list(batch_plan(samples, batch_size, window))
@@ -661,3 +641,24 @@ def test_a_model_without_its_processor_cannot_be_scanned(bed, scenes, tmp_path):
     with pytest.raises(AdapterError, match=r"adapt\(model, processor\)"):
         nl.scan(nl.adapt(bed.model), scenes[:1], out=out)
     assert nothing_at(out)
+
+
+def test_a_sample_that_its_processor_refuses_is_skipped_and_named(
+    vlm, scenes, tmp_path, monkeypatch
+):
+    plain = type(vlm).process
+
+    def process(self, texts, images, *, add_special_tokens):
+        if any(image.size == (3, 64) for row in images for image in row):
+            raise ZeroDivisionError("an image too thin")
+        return plain(self, texts, images, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(type(vlm), "process", process)
+    thin = replace(scenes[0], id="thin", images=(Image.new("RGB", (3, 64)),), annotations=())
+    with pytest.warns(UserWarning, match="1 of 6 samples were skipped: 1 refused by the processor"):
+        atlas = nl.scan(vlm, [*scenes[:3], thin, *scenes[3:5]], out=tmp_path / "a", batch_size=3)
+    (skipped,) = atlas.manifest.skipped
+    assert (skipped.id, skipped.position) == ("thin", 3)
+    assert "ZeroDivisionError: an image too thin" in skipped.detail
+    with pytest.raises(ZeroDivisionError):
+        nl.scan(vlm, [thin], out=tmp_path / "b")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,13 @@ from zoo import entries
 
 ZOO = entries()
 
+GATES = {
+    "model.vision_tower.timm_model.final_conv.se",
+    "model.vision_tower.head.mlp",
+    "model.density_router",
+}
+"""Blocks that look like feed-forward blocks and are none: gates, routers, heads."""
+
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_every_architecture_passes(name):
@@ -24,6 +33,7 @@ def test_every_architecture_passes(name):
     assert (found.visual > 0) == (entry.spatial != "none")
     assert (found.boxes > 0) == (entry.spatial == "region")
     assert found.padded > 0
+    assert not [path for path in found.left_out if "audio" not in path and path not in GATES]
     assert set(found.inert) == {site.name for site in found.sites if site.inert}
 
 
@@ -144,3 +154,37 @@ def test_the_structural_adapter_alone_gets_llava_right():
         )
         assert torch.equal(said[stream].image, established[stream].image)
         assert torch.equal(said[stream].sample, established[stream].sample)
+
+
+class UpProjection(LlavaAdapter):
+    """Reads the up projection in the activation's place."""
+
+    def blocks(self):
+        for block in super().blocks():
+            if "language_model" in block.path:
+                tap = replace(block.tap, path=f"{block.path}.up_proj")
+                block = replace(block, tap=tap)
+            yield block
+
+
+def test_reading_the_wrong_factor_of_the_product_is_not_noticed_by_deactivation_alone():
+    # Zeroing either factor zeroes the product, so this is what check_adapter cannot tell.
+    model, inputs = llava()
+    assert check_adapter(UpProjection(model), inputs)
+
+
+class Forgetful(LlavaAdapter):
+    not_run = r"layers\.0\."
+
+
+def test_blocks_without_a_site_are_told():
+    model, inputs = llava()
+    assert len(check_adapter(Forgetful(model), inputs).left_out) == 2
+    assert "left out: nothing" in repr(check_adapter(nl.adapt(model), inputs))
+
+
+def test_a_batch_without_padding_is_refused():
+    model, inputs = llava()
+    one = {name: value[:1, :] for name, value in inputs.items()}
+    with pytest.raises(ValueError, match="two samples of which one is padded"):
+        check_adapter(model, one)

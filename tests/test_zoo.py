@@ -389,7 +389,7 @@ def test_architecture(name: str) -> None:
     }
     _check_padding(inputs, maps)
     _check_roles(entry, adapter, images, maps)
-    if entry.mixers:
+    if entry.mixers or entry.spatial == "region":
         _check_boxes(entry, adapter, images, maps, matched)
     _check_deactivation(adapter, matched, inputs, recorder.activations)
     _check_down_input(entry, model, inputs)

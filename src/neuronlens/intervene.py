@@ -58,17 +58,24 @@ def _changed(
 ) -> Iterator[None]:
     several = [neurons] if isinstance(neurons, (NeuronId, str)) else neurons
     chosen = [NeuronId.parse(each) if isinstance(each, str) else each for each in several]
-    by_site: dict[str, dict[int | None, list[int]]] = {}
     for neuron in chosen:
-        site = adapter.site(neuron.site)
-        site.neuron(neuron.index, neuron.expert)
-        by_site.setdefault(site.name, {}).setdefault(neuron.expert, []).append(neuron.index)
+        adapter.site(neuron.site).neuron(neuron.index, neuron.expert)
     refuse_compiled(adapter.model)
+    # Blocks may be nested. A neuron that is off already stays so: routed experts are changed by a
+    # difference, which must not be taken away twice.
+    new = set(chosen) - adapter.changed
+    by_site: dict[str, dict[int | None, list[int]]] = {}
+    for neuron in sorted(new, key=str):
+        by_site.setdefault(neuron.site, {}).setdefault(neuron.expert, []).append(neuron.index)
     points = {}
     for name, by_expert in by_site.items():
-        index = {expert: torch.tensor(sorted(set(at))) for expert, at in by_expert.items()}
+        index = {expert: torch.tensor(sorted(at)) for expert, at in by_expert.items()}
         tap = adapter.tap(adapter.site(name))
         points[name] = tap.writing(adapter.model, Change(to, index))
     conditional = {name for name in points if "conditional" in adapter.site(name).flags}
     with uncompiled(), attached(points, conditional):
-        yield
+        adapter.changed |= new
+        try:
+            yield
+        finally:
+            adapter.changed -= new

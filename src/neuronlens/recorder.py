@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from neuronlens.activations import Activation, Routed
@@ -83,10 +83,10 @@ def record(
         # A block may run once per tile: its tokens are complete when the stream's are.
         before = waiting[name]
         rows = sum(map(_row_count, before)) + _row_count(out)
-        if rows < _rows_of(adapter, site, there):
+        if rows < len(there):
             before.append(_copied(out))
             return
-        whole = _on_stream(adapter, site, [*before, _detached(out)], there)
+        whole = _on_stream(site, [*before, _detached(out)], there)
         done.add(name)
         waiting[name] = []
         sink.take(site, whole, there)
@@ -96,7 +96,7 @@ def record(
         yield
     for name, parts in waiting.items():
         if parts and name not in done:
-            _on_stream(adapter, chosen[name], parts, tokens[chosen[name].stream])
+            _on_stream(chosen[name], parts, tokens[chosen[name].stream])
 
 
 def _reading(
@@ -130,22 +130,6 @@ def _row_count(out: Activation) -> int:
     return out.numel() // max(1, out.shape[-1])
 
 
-def _comes_in(
-    adapter: ModelAdapter, site: NeuronSite, role: Tensor
-) -> Bool[Tensor, "*axes"] | None:
-    """Which tokens of a stream a site sees at all; None for every one."""
-    only = getattr(adapter.tap(site), "only", None)
-    if only is None:
-        return None
-    is_visual = role == Role.VISUAL
-    return is_visual if only == "visual" else ~is_visual
-
-
-def _rows_of(adapter: ModelAdapter, site: NeuronSite, tokens: TokenMap) -> int:
-    comes_in = _comes_in(adapter, site, tokens.role)
-    return len(tokens) if comes_in is None else int(comes_in.sum())
-
-
 def _joined(parts: Sequence[Activation]) -> Activation:
     """Parts that ran one after the other, on one token axis; a single one as it is."""
     if len(parts) == 1:
@@ -155,20 +139,13 @@ def _joined(parts: Sequence[Activation]) -> Activation:
     return torch.cat([part.flatten(0, -2) for part in parts if isinstance(part, Tensor)])
 
 
-def _on_stream(
-    adapter: ModelAdapter, site: NeuronSite, parts: Sequence[Activation], tokens: TokenMap
-) -> Activation:
+def _on_stream(site: NeuronSite, parts: Sequence[Activation], tokens: TokenMap) -> Activation:
     """The activations on the axes of their stream.
 
     Raises:
         CaptureError: If they are not as many.
     """
     whole = _joined(parts)
-    comes_in = _comes_in(adapter, site, tokens.role)
-    if isinstance(whole, Routed) and comes_in is not None:
-        rows = comes_in.flatten().nonzero().squeeze(1).to(whole.device)
-        if _row_count(whole) == len(rows):
-            whole = whole.spread(rows, len(tokens))
     _check_shape(site, whole, tokens)
     if isinstance(whole, Routed):
         return whole.reshape(*tokens.role.shape)
@@ -453,11 +430,6 @@ class ActivationRecorder:
                 run.kept.setdefault(name, []).append(_copied(out, self._device))
             return
         batch, new = len(run.ids), run.ids.shape[1] - run.kept_tokens(name)
-        if _comes_in(self.adapter, site, torch.zeros(0)) is not None:
-            run.kept.setdefault(name, []).append(
-                _copied(self._spread(run, site, out), self._device)
-            )
-            return
         out = _by_batch(out, batch)
         if name not in run.kept and self.adapter.prefixes_images:
             run.prefix = _length(out) - new
@@ -471,20 +443,16 @@ class ActivationRecorder:
         skip = self._skip + (run.prefix if self._skip else 0)
         run.kept.setdefault(name, []).append(_copied(_from_token(out, skip), self._device))
 
-    def _spread(self, run: _Run, site: NeuronSite, out: Activation) -> Activation:
-        """Activations of a site that only some tokens come to, on the tokens of this step."""
-        if run.forwards > 1:
-            role = torch.full((len(run.ids), 1), int(Role.RESPONSE))
-        else:
-            role = self._tokens(run)["language"].role
-        nowhere = torch.full((*role.shape, 4), float("nan"))
-        step = TokenMap(role, torch.zeros_like(role), torch.zeros_like(role), nowhere)
-        return _on_stream(self.adapter, site, [out], step)
-
     def _whole(self, run: _Run, site: NeuronSite) -> Activation:
+        """All of a site's steps in one piece, which is kept in their place."""
+        if len(run.kept[site.name]) > 1 or site.stream not in self.adapter.growing:
+            run.kept[site.name] = [self._put_together(run, site)]
+        return run.kept[site.name][0]
+
+    def _put_together(self, run: _Run, site: NeuronSite) -> Activation:
         parts = run.kept[site.name]
         if site.stream not in self.adapter.growing:
-            return _on_stream(self.adapter, site, parts, self._tokens(run)[site.stream])
+            return _on_stream(site, parts, self._tokens(run)[site.stream])
         if isinstance(parts[0], Routed):
             return Routed.cat([part for part in parts if isinstance(part, Routed)], 1)
         return torch.cat([part for part in parts if isinstance(part, Tensor)], 1)

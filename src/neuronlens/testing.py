@@ -16,7 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuronlens.activations import Activation, Routed
-from neuronlens.adapters import FamilyAdapter, ModelAdapter, adapt
+from neuronlens.adapters import (
+    ActOutput,
+    FamilyAdapter,
+    ModelAdapter,
+    adapt,
+    feed_forward_blocks,
+)
 from neuronlens.adapters.structural import is_feed_forward
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point, attached
@@ -38,6 +44,8 @@ class Checked:
         padded: Padding tokens of the language stream.
         single: Whether batched = single could be told; not where a batch's patches are packed
             together, or the model's own logits depend on what it is batched with.
+        left_out: Blocks that ran, look like feed-forward blocks (an activation between two
+            projections), and have no site. Are they gates, or were they forgotten?
     """
 
     sites: tuple[NeuronSite, ...]
@@ -46,12 +54,14 @@ class Checked:
     inert: tuple[str, ...]
     padded: int
     single: bool
+    left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (
             f"Checked({len(self.sites)} sites, {self.visual} visual tokens, {self.boxes} with a "
             f"box, {self.padded} padded, inert: {', '.join(self.inert) or 'none'}, batched = "
-            f"single: {'yes' if self.single else 'not told'})"
+            f"single: {'yes' if self.single else 'not told'}, left out: "
+            f"{', '.join(self.left_out) or 'nothing'})"
         )
 
 
@@ -83,6 +93,7 @@ def check_adapter(
 
     Raises:
         AssertionError: If a law does not hold; it names the site and the law.
+        ValueError: If the inputs are not such a batch.
         AdapterError: If the adapter cannot describe the model or these inputs.
 
     Example:
@@ -102,11 +113,19 @@ def check_adapter(
     }
     plain = _logits(vlm, inputs)
     tokens = vlm.tokens(inputs)
+    mask = inputs.get(vlm.text_mask)
+    padding = mask == 0 if isinstance(mask, Tensor) else tokens["language"].role == Role.PAD
+    if len(inputs[vlm.text_input]) < 2 or not padding.any():
+        raise ValueError(
+            "check_adapter needs a batch of at least two samples of which one is padded; "
+            f"{vlm.text_input} is {tuple(inputs[vlm.text_input].shape)} with "
+            f"{int(padding.sum())} padding tokens."
+        )
     with torch.no_grad(), ActivationRecorder(vlm, None) as recorder:
         hooked = _output(vlm.model(**inputs))
     _holds(torch.equal(hooked, plain), "recording leaves the logits as they are")
     activations = recorder.activations
-    _check_complete(vlm, inputs)
+    left_out = _check_complete(vlm, inputs)
     _check_sites(vlm, activations, tokens)
     _check_sink(vlm, inputs, activations, tokens)
     padded = _check_padding(vlm, inputs, tokens)
@@ -116,7 +135,9 @@ def check_adapter(
     language = tokens["language"]
     visual = language.role == Role.VISUAL
     boxes = int((~language.box[visual].isnan().any(-1)).sum())
-    return Checked(tuple(vlm.sites.values()), int(visual.sum()), boxes, inert, padded, single)
+    return Checked(
+        tuple(vlm.sites.values()), int(visual.sum()), boxes, inert, padded, single, left_out
+    )
 
 
 def _holds(law: bool, what: str) -> None:
@@ -141,8 +162,8 @@ def _rows(out: Activation) -> Float[Tensor, "row neuron"]:
     return out.flatten(0, -2)
 
 
-def _check_complete(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> None:
-    """No block that runs, and looks like a feed-forward block, is without a site."""
+def _check_complete(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+    """No block whose activation is a function is without a site; gives the others that are."""
     read = {vlm.tap(site).path for site in vlm.sites.values()}
     ran: set[str] = set()
 
@@ -156,6 +177,17 @@ def _check_complete(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> None:
         and not (isinstance(vlm, FamilyAdapter) and vlm.stack_of(path) is None)
         and is_feed_forward(module)
     }
+    blocks = {block.path: block for block in feed_forward_blocks(vlm.model)}
+    others: set[str] = set()
+
+    def other(path: str) -> Point:
+        return Point(vlm.model.get_submodule(path), lambda call: others.add(path), before=True)
+
+    points |= {
+        path: [other(path)]
+        for path, block in blocks.items()
+        if block.tap.path not in read and not any(f"{e}.".startswith(f"{path}.") for e in read)
+    }
     with torch.no_grad(), attached(points, may_be_left_out=set(points)):
         vlm.model(**inputs)
     _holds(
@@ -163,6 +195,7 @@ def _check_complete(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> None:
         f"every feed-forward block has a site; {', '.join(sorted(ran)[:4])} have none. If their "
         "activation is a function, declare it with special_block",
     )
+    return tuple(sorted(others))
 
 
 def _check_sites(
@@ -352,6 +385,49 @@ def _check_visual(
     )
 
 
+def _down(vlm: ModelAdapter, neuron: NeuronId) -> nn.Linear | None:
+    """The down projection that takes a neuron's activation; None where it is no plain one."""
+    tap = vlm.tap(vlm.site(neuron.site))
+    if not isinstance(tap, ActOutput) or tap.down is None or tap.calls > 1:
+        return None
+    down = vlm.model.get_submodule(tap.down)
+    return down if type(down) is nn.Linear and not hasattr(down, "_hf_hook") else None
+
+
+def _is_taken_as_it_is(vlm: ModelAdapter, neuron: NeuronId, inputs: Mapping[str, Any]) -> bool:
+    """Whether nothing stands between a deactivated neuron and the down projection."""
+    down = _down(vlm, neuron)
+    if down is None:
+        return False
+    largest: list[float] = []
+
+    def look(call: Call) -> None:
+        largest.append(float(call.args[0][..., neuron.index].abs().max()))
+
+    with torch.no_grad(), attached({"down": [Point(down, look, before=True)]}):
+        vlm.model(**inputs)
+    return max(largest) == 0
+
+
+def _check_column(
+    vlm: ModelAdapter, neuron: NeuronId, inputs: Mapping[str, Any], without: Tensor
+) -> None:
+    """Deactivation is zeroing a column of the down projection."""
+    down = _down(vlm, neuron)
+    assert down is not None
+    kept = down.weight[:, neuron.index].detach().clone()
+    with torch.no_grad():
+        down.weight[:, neuron.index] = 0
+        try:
+            edited = _logits(vlm, inputs)
+        finally:
+            down.weight[:, neuron.index] = kept
+    _holds(
+        torch.allclose(edited, without, rtol=1e-3, atol=1e-4),
+        f"deactivating {neuron} is zeroing column {neuron.index} of its down projection",
+    )
+
+
 def _check_deactivation(
     vlm: ModelAdapter,
     inputs: Mapping[str, Any],
@@ -366,6 +442,9 @@ def _check_deactivation(
         neuron = NeuronId(name, index, expert if site.experts else None)
         with deactivate(vlm, neuron):
             without = _logits(vlm, inputs)
+            is_taken = _is_taken_as_it_is(vlm, neuron, inputs)
+        if is_taken:
+            _check_column(vlm, neuron, inputs, without)
         changes = not torch.equal(without, plain)
         _holds(
             changes != site.inert,

@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from typing import Any, TypeVar, get_args
 
 import torch
@@ -43,6 +43,7 @@ class ModelAdapter(ABC):
             up projection's, or the output where there is none.
         taps: How each site is read, by its name; the output of the module at its path if
             it is not there.
+        changed: Neurons that are deactivated at the moment.
         max_tokens: How many tokens the model takes; None if that is not known.
         text_input: Name of the inputs that hold the language stream's token ids.
         growing: Streams that generation adds tokens to.
@@ -71,6 +72,7 @@ class ModelAdapter(ABC):
         self.processor = processor
         self.neuron_kind: NeuronKind = neuron
         self.taps: dict[str, Tap] = {}
+        self.changed: set[NeuronId] = set()
         self._config: Any = model.config
         text = getattr(self._config, "get_text_config", lambda: self._config)()
         self.max_tokens = getattr(text, "max_position_embeddings", None)
@@ -126,6 +128,9 @@ class ModelAdapter(ABC):
     ) -> NeuronId:
         """A neuron the way papers name it: layer and index, in the language model by default.
 
+        In an encoder-decoder that is the stack with the image tokens; a neuron of the other is
+        `site("language.decoder.3").neuron(5)`.
+
         Raises:
             UnknownNameError: If there is no such layer or neuron.
         """
@@ -142,21 +147,26 @@ class ModelAdapter(ABC):
         return self.sites[name]
 
     def select(self, chosen: SiteSelection = None) -> list[NeuronSite]:
-        """Sites by module, by name or as they are; all of them for None.
+        """Sites by module, by stream, by name or as they are; all of them for None.
+
+        A name that is a site's is that site, also where a stream is called the same.
 
         Raises:
-            UnknownNameError: If a name is neither a site nor a module of this model.
+            UnknownNameError: If a name is neither a site nor a module or stream of this model.
         """
         if chosen is None:
             return list(self.sites.values())
         wanted = [chosen] if isinstance(chosen, (str, NeuronSite)) else list(chosen)
         found: dict[str, NeuronSite] = {}
+        streams = {site.stream for site in self.sites.values()}
         for each in wanted:
             if isinstance(each, str) and each in get_args(Module):
                 sites = [site for site in self.sites.values() if site.module == each]
                 if not sites:
                     present = sorted({site.module for site in self.sites.values()})
                     raise UnknownNameError("module in this model", each, present)
+            elif isinstance(each, str) and each not in self.sites and each in streams:
+                sites = [site for site in self.sites.values() if site.stream == each]
             else:
                 sites = [self.site(each if isinstance(each, str) else each.name)]
             found |= {site.name: site for site in sites}
@@ -396,10 +406,11 @@ def get(model_type: str) -> type[ModelAdapter]:
 
 def _check_transformers() -> None:
     """Refuse releases of transformers whose models were not looked at."""
-    known = next(
-        (r for r in map(Requirement, requires("neuronlens-vlm") or ()) if r.name == "transformers"),
-        None,
-    )
+    try:
+        needed = [Requirement(each) for each in requires("neuronlens-vlm") or ()]
+    except PackageNotFoundError:  # used from its source folder, without being installed
+        return
+    known = next((each for each in needed if each.name == "transformers"), None)
     have = version("transformers")
     if known is not None and not known.specifier.contains(have, prereleases=True):
         raise AdapterError(

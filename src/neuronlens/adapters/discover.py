@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +183,7 @@ def _in_sibling(model: nn.Module, path: str, width: int) -> tuple[str, bool] | N
 def _is_experts(module: nn.Module) -> bool:
     own = dict(module.named_parameters(recurse=False))
     down = own.get("down_proj")
-    return down is not None and down.ndim == 3 and ("gate_up_proj" in own or "up_proj" in own)
+    return down is not None and down.ndim >= 3 and ("gate_up_proj" in own or "up_proj" in own)
 
 
 def _experts(path: str, block: Any) -> Block:
@@ -192,9 +191,3 @@ def _experts(path: str, block: Any) -> Block:
         return Block(path, "experts", DenseExperts(path), block.expert_dim, block.num_experts)
     count = int(block.down_proj.shape[0])
     return Block(path, "experts", Experts(path), expert_width(block), count)
-
-
-def layer_of(path: str) -> int | None:
-    """The number in the last numbered step of a path that counts a list of blocks."""
-    numbers: Sequence[str] = re.findall(r"(?:^|\.)(\d+)(?=\.)", path + ".")
-    return int(numbers[-1]) if numbers else None

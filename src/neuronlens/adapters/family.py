@@ -330,7 +330,12 @@ class FamilyAdapter(ModelAdapter):
                     f"Image {image} of the batch would fill image tokens of rows {mine}: the rows "
                     f"hold {counts} image tokens. Does each prompt have one image token per image?"
                 )
-            owner.append(mine[0] if mine else 0)
+            if not mine:
+                raise AdapterError(
+                    f"Image {image} of the batch has no token in the language stream, so it cannot "
+                    f"be told whose it is; the rows hold {counts} image tokens."
+                )
+            owner.append(mine[0])
         return owner
 
 

@@ -8,6 +8,7 @@ how, is told in `established`; what cannot be is an error that says what to writ
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -129,11 +130,18 @@ class StructuralAdapter(FamilyAdapter):
         """Blocks with an activation module, and blocks whose activation is a function."""
         return self._found
 
+    @property
+    def language_list(self) -> str:
+        """Path of the list of the language model's layers."""
+        return self._language
+
     def stack_of(self, path: str) -> str | None:
         """Language, vision or projector, by where the block is."""
         if path.startswith(f"{self._language}."):
             return "language"
         known = super().stack_of(path)
+        if known is None and any(block.path == path for block in self._found):
+            self._say(f"left out: {path!r}, named like an audio part, a head or a pooler")
         if known != "language":
             return known
         return "projector" if _list_of(path) is None else "vision"
@@ -201,11 +209,13 @@ class StructuralAdapter(FamilyAdapter):
 
 
 def _painted(image_processor: Any, original: ImageSize, size: ImageSize) -> Placement:
-    """Scale and offset along both axes, from the width and middle of a painted rectangle."""
+    """Scale and offset along both axes, from the width and middle of a painted square."""
     width, height = original
     black = np.zeros((height, width, 3), np.uint8)
+    side = min(width, height) // 4  # small enough to be inside of what a centre crop leaves
+    left, top = (width - side) // 2, (height - side) // 2
+    part = (left, top, left + side, top + side)
     painted = black.copy()
-    part = (3 * width // 8, 3 * height // 8, 5 * width // 8, 5 * height // 8)
     painted[part[1] : part[3], part[0] : part[2]] = 255
 
     def processed(pixels: NDArray[np.uint8]) -> Tensor:
@@ -220,7 +230,7 @@ def _painted(image_processor: Any, original: ImageSize, size: ImageSize) -> Plac
             )
         return images[0].double().reshape(-1, *images[0].shape[-2:]).mean(0)
 
-    if image_processor is None or part[0] == part[2] or part[1] == part[3]:
+    if image_processor is None or side == 0:
         raise AdapterError(
             f"Boxes in original pixels need an image processor, and images of more than a few "
             f"pixels; there is {type(image_processor).__name__}, and an image of {original}."
@@ -235,6 +245,11 @@ def _painted(image_processor: Any, original: ImageSize, size: ImageSize) -> Plac
     for axis, (low, high) in enumerate([(part[0], part[2]), (part[1], part[3])]):
         along = moved.sum(axis)
         along = along / along.max().clamp(min=1e-9)
+        if along[0] > 1e-3 or along[-1] > 1e-3:
+            raise AdapterError(
+                f"{type(image_processor).__name__} cuts through the middle of an image of "
+                f"{original}. Boxes cannot be placed. {WRITE_ONE}"
+            )
         position = torch.arange(len(along), dtype=torch.float64) + 0.5
         length = float(along.sum())
         middle = float((along * position).sum() / max(length, 1e-9))
@@ -383,11 +398,12 @@ class _Experiment:
     """What the tokens of some inputs are and see, by changing pixels."""
 
     def __init__(self, adapter: StructuralAdapter, inputs: Mapping[str, Any]) -> None:
+        adapter.require_eval()
         self.adapter = adapter
         self.inputs = dict(inputs)
         self.pixels = self._pixels()
         sites = adapter.sites.values()
-        self.first = f"{adapter._language}.0"
+        self.first = f"{adapter.language_list}.0"
         self.sites = {
             stream: next(site for site in sites if site.stream == stream)
             for stream in dict.fromkeys(site.stream for site in sites)
@@ -400,6 +416,12 @@ class _Experiment:
             for name, value in self.inputs.items()
             if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 4
         ]
+        tiled = [name for name in names if math.prod(self.inputs[name].shape[1:-3]) > 1]
+        if tiled:
+            raise AdapterError(
+                f"{tiled[0]} is {tuple(self.inputs[tiled[0]].shape)}: several tiles of an image, "
+                f"whose places in it cannot be told by changing pixels. {WRITE_ONE}"
+            )
         if len(names) != 1:
             raise AdapterError(
                 f"Of the inputs {', '.join(self.inputs)}, {len(names)} look like images (floating "
@@ -539,13 +561,26 @@ class _Experiment:
                 role[alone] = int(Role.SPECIAL)
         return Grid(role, owner, box, torch.full(owner.shape, -1))
 
+    def _step(self, size: int) -> int:
+        """Width of a stripe: the patch of the first convolution, else as fine as is affordable."""
+        for path, module in self.adapter.model.named_modules():
+            if isinstance(module, nn.Conv2d) and not path.startswith(self.adapter.language_list):
+                patch = module.stride[0]
+                if module.kernel_size == module.stride == (patch, patch) and size % patch == 0:
+                    return int(patch)
+                break
+        step = max(1, size // STRIPES)
+        if step > 1:
+            self.adapter._say(f"boxes are told to within {step} pixels of the processed image")
+        return step
+
     def _boxes(self, pixels: Tensor, noise: Tensor, plain: dict[str, Tensor]) -> dict[str, Tensor]:
         """First and last stripe along each axis that moves a token, in pixels."""
         still = self.run(pixels, mixing=False)
         edges: dict[str, list[Tensor]] = {}
         for axis in (-1, -2):
             size = pixels.shape[axis]
-            step = max(1, size // STRIPES)
+            step = self._step(size)
             low = {s: torch.full(r.shape[:-1], float("inf")) for s, r in still.items()}
             high = {s: torch.full(r.shape[:-1], float("-inf")) for s, r in still.items()}
             for start in range(0, size, step):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,6 +34,14 @@ class Change:
 
     to: Callable[[Tensor], Tensor]
     neurons: Mapping[int | None, Int[Tensor, " neuron"]]
+
+    def on(self, device: torch.device, expert: int | None = None) -> Int[Tensor, " neuron"]:
+        """The changed neurons of a block, or of one expert, on a device; sent there once."""
+        return self._sent((expert, device))
+
+    @cached_property
+    def _sent(self) -> Callable[[tuple[int | None, torch.device]], Tensor]:
+        return cache(lambda key: self.neurons[key[0]].to(key[1]))
 
 
 class Tap(Protocol):
@@ -73,7 +81,7 @@ EXPERTS_FIRST = Layout(
 
 
 def _changed(values: Tensor, change: Change) -> Tensor:
-    index = change.neurons[None].to(values.device)
+    index = change.on(values.device)
     new = values.clone()
     new[..., index] = change.to(values[..., index])
     return new
@@ -207,7 +215,7 @@ class Functional:
         def write(call: Call) -> Tensor:
             before, up = seen.pop("before"), seen.pop("up", None)
             act = _changed(self.act(before), change)
-            index = change.neurons[None].to(act.device)
+            index = change.on(act.device)
             new: Tensor = _first(call).clone()
             new[..., index] = self.product(act, before, up)[..., index].to(new.dtype)
             return new
@@ -272,11 +280,9 @@ class Experts:
     Attributes:
         path: Of the module that holds the weights; its forward takes the tokens
             `[row, hidden]`, the chosen experts `[row, chosen]` and their weights.
-        only: Which tokens come in at all; None for every one.
     """
 
     path: str
-    only: Literal["visual", "text"] | None = None
 
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """Before the block runs."""
@@ -300,13 +306,13 @@ class Experts:
             out: Tensor = call.out.clone()
             flat = out.reshape(-1, out.shape[-1])
             with weights_here(block):
-                for number, index in change.neurons.items():
+                for number in change.neurons:
                     if number is None:
                         continue
                     token, chosen = (expert == number).nonzero(as_tuple=True)
                     if len(token) == 0:
                         continue
-                    at = index.to(out.device)
+                    at = change.on(out.device, number)
                     projected = _in(block, x[token], number)
                     product, act = _product(block, projected), gate(block, projected)
                     old, new = act[:, at], change.to(act[:, at])
@@ -398,17 +404,24 @@ def _per_expert(
     expert: Int[Tensor, "row chosen"],
     gate: GateFunction,
 ) -> Routed:
+    count = int(block.num_experts)
+    # A number beyond the last expert stands for "none". One sort and one look at the counts: a
+    # search per expert would wait for the device each time.
+    flat = expert.flatten().clamp(max=count)
+    sizes = torch.bincount(flat, minlength=count + 1).tolist()
+    places = flat.argsort(stable=True).split(sizes)
     values: Tensor | None = None
-    known = expert < block.num_experts  # a number beyond stands for "none"
-    for number in expert[known].unique().tolist():
-        token, chosen = (expert == number).nonzero(as_tuple=True)
-        act = gate(block, _in(block, x[token], number))
+    for number, at in enumerate(places[:count]):
+        if len(at) == 0:
+            continue
+        act = gate(block, _in(block, x[at // expert.shape[1]], number))
         if values is None:
-            values = act.new_full((*expert.shape, act.shape[-1]), float("nan"))
-        values[token, chosen] = act
+            values = act.new_full((expert.numel(), act.shape[-1]), float("nan"))
+        values[at] = act
     if values is None:  # no token came in
-        values = x.new_full((*expert.shape, expert_width(block)), float("nan"))
-    return Routed(values, torch.where(known, expert, -1), int(block.num_experts))
+        values = x.new_full((expert.numel(), expert_width(block)), float("nan"))
+    known = torch.where(expert < count, expert, -1)
+    return Routed(values.reshape(*expert.shape, -1), known, count)
 
 
 def expert_width(block: Any) -> int:
@@ -440,7 +453,6 @@ class DenseExperts:
     """
 
     path: str
-    only: None = field(default=None, init=False)
 
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """The output of the experts' act_fn, expert by expert."""
@@ -460,8 +472,8 @@ class DenseExperts:
 
         def write(call: Call) -> Tensor:
             new: Tensor = call.out.clone()
-            for expert, index in change.neurons.items():
-                at = index.to(new.device)
+            for expert in change.neurons:
+                at = change.on(new.device, expert)
                 new[expert, :, at] = change.to(new[expert, :, at])
             return new
 
