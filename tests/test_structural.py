@@ -286,3 +286,47 @@ def test_a_peft_wrapper_is_refused_with_the_way_in():
 
     with pytest.raises(AdapterError, match=r"model\.get_base_model\(\)"):
         nl.adapt(Wrapper(strangers.InternChatConfig()))
+
+
+def test_tiles_cannot_be_told_by_changing_pixels(chat):
+    given = strangers.inputs(images(), 2)
+    with pytest.raises(AdapterError, match="several tiles of an image"):
+        chat.tokens(given | {"pixel_values": given["pixel_values"][None].repeat(2, 1, 1, 1, 1)})
+
+
+def test_dropout_would_make_every_token_visual_and_is_refused(chat):
+    chat.model.train()
+    chat.model.drop = nn.Dropout(0.5)
+    with pytest.raises(AdapterError, match=r"model\.eval\(\)"):
+        chat.tokens(strangers.inputs(images(), 2))
+
+
+@pytest.mark.parametrize("original", [(500, 100), (100, 100), (90, 300)])
+def test_a_real_centre_crop_is_placed_where_its_own_geometry_says(chat, original):
+    from transformers import CLIPImageProcessor
+
+    from neuronlens.adapters.geometry import resized_and_cropped
+
+    clip = CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, do_normalize=True
+    )
+
+    class Processor:
+        tokenizer = None
+        image_processor = clip
+
+    chat.processor = Processor()
+    corners = torch.tensor([[8.0, 8, 24, 40], [40, 16, 56, 48]])
+    placed = chat.place(original, (64, 64), 0).to_original(corners)
+    known = resized_and_cropped(clip, original, (64, 64)).to_original(corners)
+    torch.testing.assert_close(placed, known, atol=max(original) / 64, rtol=0)
+
+
+def test_boxes_of_large_images_are_those_of_the_patches(chat):
+    # 144 pixels are more than the finest experiment can change one by one.
+    maps = chat.tokens(strangers.inputs(images(2, 16, 144), 36))
+    width = maps["vision"].box[0, 1:, 2] - maps["vision"].box[0, 1:, 0]
+    assert set(width.tolist()) == {4.0}
+    assert maps["language"].box[0][maps["language"].role[0] == nl.Role.VISUAL][1].tolist() == [
+        *(8, 0, 16, 8)
+    ]

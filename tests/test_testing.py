@@ -188,3 +188,28 @@ def test_a_batch_without_padding_is_refused():
     one = {name: value[:1, :] for name, value in inputs.items()}
     with pytest.raises(ValueError, match="two samples of which one is padded"):
         check_adapter(model, one)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "llava"])
+def test_a_neuron_that_is_off_already_is_not_taken_away_twice(name):
+    entry = ZOO[name]
+    model = entry.model()
+    vlm, inputs = nl.adapt(model), entry.inputs(model, entry.images())
+    site = next(s for s in vlm.select("language") if s.experts or name == "llava")
+    with torch.no_grad(), nl.ActivationRecorder(vlm, site) as recorder:
+        plain = model(**inputs).logits
+    out = recorder.activations[site.name]
+    expert = int(out.expert.max()) if site.experts else None
+    neurons = [nl.NeuronId(site.name, index, expert) for index in (0, 1, 2)]
+    with torch.no_grad():
+        with nl.deactivate(vlm, neurons[:2]):
+            once = model(**inputs).logits
+            with nl.deactivate(vlm, neurons):
+                nested = model(**inputs).logits
+            again = model(**inputs).logits
+        with nl.deactivate(vlm, neurons):
+            together = model(**inputs).logits
+    torch.testing.assert_close(nested, together, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again, once)
+    assert not torch.allclose(once, plain)
+    assert vlm.changed == set()

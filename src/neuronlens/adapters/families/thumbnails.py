@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -119,6 +119,13 @@ class PerceptionLMAdapter(FamilyAdapter):
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Thumbnail and tiles of every image, then frames."""
+        return self.look_with(inputs, None)
+
+    def look_with(
+        self, inputs: Mapping[str, Any], originals: Sequence[Sequence[ImageSize]] | None
+    ) -> Seen:
+        """The processor's own rule says how the tiles of an image of known size are arranged."""
+        known = [size for row in originals or () for size in row]
         sizes: list[ImageSize] = []
         tower: list[tuple[int, Piece]] = []
         passed: list[tuple[int, Piece]] = []
@@ -130,7 +137,8 @@ class PerceptionLMAdapter(FamilyAdapter):
                 if kind == "video":
                     grids = [(1, 1)] * len(tiles)
                 else:
-                    grids = [arrangement(tiles) if len(tiles) > 1 else (1, 1)]
+                    original = known[len(sizes)] if known else None
+                    grids = [self._grid(tiles, original)]
                 for down, across in grids:
                     number = len(sizes)
                     sizes.append((across * side, down * side))
@@ -159,6 +167,20 @@ class PerceptionLMAdapter(FamilyAdapter):
                 ),
             },
         )
+
+    def _grid(
+        self, tiles: Float[Tensor, "tile channel side side"], original: ImageSize | None
+    ) -> tuple[int, int]:
+        """Rows and columns of an image's tiles: by its size, else by what its thumbnail shows."""
+        if len(tiles) == 1:
+            return 1, 1
+        ours, side = self.image_processor, int(tiles.shape[-1])
+        if original is not None and hasattr(ours, "_fit_image_to_canvas"):
+            rule = ours._fit_image_to_canvas(*original, side)
+            across, down = rule or ours._find_closest_aspect_ratio(*original, side)
+            if down * across == len(tiles) - 1:
+                return int(down), int(across)
+        return arrangement(tiles)
 
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Resized to the canvas."""
