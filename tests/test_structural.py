@@ -10,7 +10,7 @@ from torch import nn
 
 import neuronlens as nl
 import strangers
-from neuronlens.adapters import structural
+from neuronlens.adapters import experiment
 from neuronlens.adapters.structural import StructuralAdapter
 from neuronlens.errors import AdapterError
 
@@ -108,9 +108,9 @@ def test_visual_tokens_and_their_boxes_are_established_by_changing_pixels(chat):
 
 def test_another_text_costs_two_runs_and_another_shape_a_new_experiment(chat, monkeypatch):
     runs = []
-    plain = structural._Experiment.run
+    plain = experiment.Experiment.run
     monkeypatch.setattr(
-        structural._Experiment,
+        experiment.Experiment,
         "run",
         lambda self, pixels, mixing: runs.append(1) or plain(self, pixels, mixing=mixing),
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+WRITE_ONE = "Write an adapter that says it: see docs/adapters.md."
+"""What to do about a model of which something cannot be established."""
+
 
 class NeuronLensError(Exception):
     """Base of all errors raised by neuronlens."""

@@ -23,7 +23,7 @@ from neuronlens.adapters import (
     adapt,
     feed_forward_blocks,
 )
-from neuronlens.adapters.structural import is_feed_forward
+from neuronlens.adapters.functions import is_feed_forward
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point, attached
 from neuronlens.intervene import deactivate

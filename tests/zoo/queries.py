@@ -752,7 +752,7 @@ MLLAMA = Entry(
     "none",
     (r"model\.vision_model\.(global_)?transformer\.layers\.\d+\.self_attn",),
     note="Vision rows are tiles x (class + patches, padded to a multiple of 8), padding tiles"
-    " included. Text before the image token takes nothing from a cross-attention layer.",
+    " included.",
 )
 
 

@@ -191,3 +191,10 @@ def _experts(path: str, block: Any) -> Block:
         return Block(path, "experts", DenseExperts(path), block.expert_dim, block.num_experts)
     count = int(block.down_proj.shape[0])
     return Block(path, "experts", Experts(path), expert_width(block), count)
+
+
+def list_of(path: str) -> str | None:
+    """The path of the list of layers a block is in; None if it is in none."""
+    steps = path.split(".")
+    numbered = [i for i, step in enumerate(steps) if step.isdigit() and i + 1 < len(steps)]
+    return ".".join(steps[: numbered[0]]) if numbered else None

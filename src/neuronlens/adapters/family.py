@@ -261,7 +261,14 @@ class FamilyAdapter(ModelAdapter):
         inputs: Mapping[str, Any],
         originals: Sequence[Sequence[ImageSize]] | None = None,
     ) -> dict[str, TokenMap]:
-        """The token map of every stream for these model inputs; see `ModelAdapter.tokens`."""
+        """The token map of every stream for these model inputs; see `ModelAdapter.tokens`.
+
+        Maps are made on the CPU, wherever the inputs are.
+        """
+        inputs = {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
         language = self.text_map(inputs)
         here = self.placeholders(inputs, self.text(inputs)) & (language.role != Role.PAD)
         if not self.has_images(inputs):

@@ -334,7 +334,7 @@ def _readable(model: nn.Module, path: str) -> nn.Module:
     """The block of experts at `path`, if its weights are numbers that can be multiplied with."""
     block = model.get_submodule(path)
     for name, weight in block.named_parameters(recurse=False):
-        if weight.ndim == 3 and weight.dtype not in _NUMBERS:
+        if weight.ndim > 2 and weight.dtype not in _NUMBERS:  # packed ones may have four axes
             raise AdapterError(
                 f"The experts at {path!r} ({type(block).__name__}) are stored as {weight.dtype} "
                 f"({name}), so their activations cannot be recomputed. Load the model dequantised "
