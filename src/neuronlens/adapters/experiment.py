@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from neuronlens.adapters.discover import list_of
+from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import Grid, ImageSize, Seen
 from neuronlens.errors import WRITE_ONE, AdapterError
 from neuronlens.hooks import Call, Point, attached
 from neuronlens.tokens import Role
-
-if TYPE_CHECKING:
-    from neuronlens.adapters.structural import StructuralAdapter
 
 STRIPES = 64
 """The finest experiment: an image is changed in this many stripes along each axis."""
@@ -35,16 +33,31 @@ class _FirstLayerReachedError(Exception):
 class Experiment:
     """What the tokens of some inputs are and see, by changing pixels."""
 
-    def __init__(self, adapter: StructuralAdapter, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        adapter: FamilyAdapter,
+        inputs: Mapping[str, Any],
+        layers: str,
+        say: Callable[[str], None],
+    ) -> None:
+        """Choose the model and the inputs.
+
+        Args:
+            adapter: Of the model, with its sites.
+            inputs: Of a forward, with one tensor of images.
+            layers: Path of the list of the language model's layers.
+            say: Is told what was established.
+        """
         adapter.require_eval()
         self.adapter = adapter
+        self.layers, self.say = layers, say
         self.inputs = {
             name: value.to(adapter.device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
         self.pixels = self._pixels()
         sites = adapter.sites.values()
-        self.first = f"{adapter.language_list}.0"
+        self.first = f"{layers}.0"
         self.sites = {
             stream: next(site for site in sites if site.stream == stream)
             for stream in dict.fromkeys(site.stream for site in sites)
@@ -169,11 +182,11 @@ class Experiment:
         )
         seen = (~at.box.isnan().any(-1)).sum()
         silent = sorted({path.split(".")[-1] for path in self._mixers()})
-        self.adapter.say(
+        self.say(
             f"visual tokens: the {int(flat.sum())} positions whose input to {self.first!r} moves "
             f"with the pixels of {self.pixels} {tuple(pixels.shape)}"
         )
-        self.adapter.say(
+        self.say(
             f"boxes: {int(seen)} of {int(flat.sum())} visual tokens see one region, by changing "
             f"the image in stripes while the vision layers' {', '.join(silent) or 'mixers'} were "
             "silent"
@@ -205,14 +218,14 @@ class Experiment:
     def _step(self, size: int) -> int:
         """Width of a stripe: the patch of the first convolution, else as fine as is affordable."""
         for path, module in self.adapter.model.named_modules():
-            if isinstance(module, nn.Conv2d) and not path.startswith(self.adapter.language_list):
+            if isinstance(module, nn.Conv2d) and not path.startswith(self.layers):
                 patch = module.stride[0]
                 if module.kernel_size == module.stride == (patch, patch) and size % patch == 0:
                     return int(patch)
                 break
         step = max(1, size // STRIPES)
         if step > 1:
-            self.adapter.say(f"boxes are told to within {step} pixels of the processed image")
+            self.say(f"boxes are told to within {step} pixels of the processed image")
         return step
 
     def _boxes(self, pixels: Tensor, noise: Tensor, plain: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -106,11 +106,6 @@ class StructuralAdapter(FamilyAdapter):
         """Blocks with an activation module, and blocks whose activation is a function."""
         return self._found
 
-    @property
-    def language_list(self) -> str:
-        """Path of the list of the language model's layers."""
-        return self._language
-
     def stack_of(self, path: str) -> str | None:
         """Language, vision or projector, by where the block is."""
         if path.startswith(f"{self._language}."):
@@ -168,7 +163,7 @@ class StructuralAdapter(FamilyAdapter):
                     and (value.is_floating_point() or value.shape != text)
                 }
             )
-            experiment = Experiment(self, inputs)
+            experiment = Experiment(self, inputs, self._language, self.say)
             seen = self._seen.pop(images, None)
             here = None if seen is None else experiment.positions()
             expected = 0 if seen is None or seen.language is None else len(seen.language.role)
