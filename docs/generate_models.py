@@ -84,7 +84,7 @@ OTHER, APPROXIMATE, QUERIES, NONE = (
 )
 KINDS = {
     "One grid": ("llava", "gemma"),
-    "Images of any size": ("qwen", "dynamic", "native", "gemma4", "inkling", "FuyuAdapter"),
+    "Images of any size": ("qwen", "patch_rows", "pixtral", "gemma4", "inkling", "FuyuAdapter"),
     "Tiles": ("tiles", "anyres", "thumbnails", "views", "minicpm", "molmo"),
 }
 """Headings for architectures whose image tokens see one region: adapters, or files of them."""

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from neuronlens.tokens import Role
+from neuronlens.tokens import Role, TokenMap
 
 ImageSize = tuple[int, int]
 """Width and height in pixels."""
@@ -134,6 +134,12 @@ def text_rows(role: Int[Tensor, "batch token"]) -> Grid:
     sample = torch.arange(len(role))[:, None].expand(role.shape)
     nowhere = torch.full((*role.shape, 4), NOWHERE)
     return Grid(role.to(torch.int8), torch.full(role.shape, -1), nowhere, sample.contiguous())
+
+
+def text_stream(role: Int[Tensor, "batch token"]) -> TokenMap:
+    """The map of a stream that holds no token of an image (a decoder's)."""
+    grid = text_rows(role)
+    return TokenMap(grid.role, grid.sample, grid.image, grid.box)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuronlens.adapters.base import register
-from neuronlens.adapters.families.llava import SelectingAdapter, interleaved
+from neuronlens.adapters.families.llava import SelectingAdapter
+from neuronlens.adapters.families.patches import interleaved
 from neuronlens.adapters.geometry import Placement, stretched
 from neuronlens.adapters.grids import (
     Boxes,
@@ -195,14 +196,12 @@ class AnyresAdapter(SelectingAdapter):
                 "tiles. Pass the processor's whole output to the model."
             )
         images, frames = self.images(inputs), self.frames(inputs)
-        language = flat((i, each.language) for i, each in enumerate(images))
+        laid = [*images, *frames]
+        language = flat((i, each.language) for i, each in enumerate(laid))
         if frames:
             ids = self.text(inputs)
-            ids = ids[self.placeholders(inputs, ids)]
-            shown = flat((i, each.language) for i, each in enumerate(frames))
-            is_video = ids == self._config.video_token_id
-            language = interleaved(is_video, language, shown, len(images))
-        laid = [*images, *frames]
+            is_video = ids[self.placeholders(inputs, ids)] == self._config.video_token_id
+            language = interleaved(is_video, language, sum(len(each.language) for each in images))
         return Seen(
             sizes=[each.area for each in laid],
             language=language,

@@ -21,7 +21,7 @@ from neuronlens.adapters.grids import (
     queries,
     rows,
     special,
-    text_rows,
+    text_stream,
 )
 from neuronlens.errors import AdapterError
 from neuronlens.tokens import Role, TokenMap
@@ -126,8 +126,7 @@ class BlipAdapter(FamilyAdapter):
             )
         mask = inputs.get("decoder_attention_mask")
         role = self.text_roles(ids, mask if isinstance(mask, Tensor) else None)
-        grid = text_rows(role)
-        return {"language.decoder": TokenMap(grid.role, grid.sample, grid.image, grid.box)}
+        return {"language.decoder": text_stream(role)}
 
     def agreements(self) -> dict[str, tuple[Any, Any]]:
         """How many queries there are."""

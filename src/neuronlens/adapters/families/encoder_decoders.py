@@ -14,14 +14,9 @@ from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block
 from neuronlens.adapters.families.patches import one_each, patch_boxes, size_of
 from neuronlens.adapters.family import FamilyAdapter
-from neuronlens.adapters.grids import Seen, cells, flat, nothing, queries, raster, rows, text_rows
+from neuronlens.adapters.grids import Seen, cells, flat, nothing, queries, raster, rows, text_stream
 from neuronlens.errors import AdapterError
 from neuronlens.tokens import Role, TokenMap
-
-
-def _as_map(role: Tensor) -> TokenMap:
-    grid = text_rows(role)
-    return TokenMap(grid.role, grid.sample, grid.image, grid.box)
 
 
 class EncoderDecoderAdapter(FamilyAdapter):
@@ -44,11 +39,11 @@ class EncoderDecoderAdapter(FamilyAdapter):
                 )
             # The model starts by itself.
             ids = torch.zeros(len(self.text(inputs)), 1, dtype=torch.long)
-            return {"language.decoder": _as_map(torch.full_like(ids, Role.SPECIAL))}
+            return {"language.decoder": text_stream(torch.full_like(ids, Role.SPECIAL))}
         role = self.text_roles(ids, inputs.get("decoder_attention_mask"))
         # The first token starts the answer, whatever its id.
         role[:, 0] = torch.where(role[:, 0] == Role.PAD, role[:, 0], int(Role.SPECIAL))
-        return {"language.decoder": _as_map(role)}
+        return {"language.decoder": text_stream(role)}
 
 
 @register("florence2")

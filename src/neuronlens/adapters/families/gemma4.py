@@ -21,7 +21,7 @@ from neuronlens.adapters.grids import (
     pad,
     raster,
     rows,
-    text_rows,
+    text_stream,
 )
 from neuronlens.errors import AdapterError
 from neuronlens.tokens import Role, TokenMap
@@ -149,5 +149,4 @@ class DiffusionGemmaAdapter(Gemma4Adapter):
             attended = cast(Tensor, mask)[:, -canvas.shape[1] :] if is_flat else None
             role = self.text_roles(canvas, attended)
             role[role == Role.PROMPT] = Role.RESPONSE
-        grid = text_rows(role)
-        return {"language.decoder": TokenMap(grid.role, grid.sample, grid.image, grid.box)}
+        return {"language.decoder": text_stream(role)}

@@ -6,14 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import torch
-
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, features, special_block
+from neuronlens.adapters.families.patches import read_until
 from neuronlens.adapters.family import FamilyAdapter, as_pixel_values
 from neuronlens.adapters.geometry import Placement, processed_by, stretched
 from neuronlens.adapters.grids import (
-    Grid,
     ImageSize,
     Piece,
     Seen,
@@ -135,9 +133,7 @@ class SelectingAdapter(GridAdapter):
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
-        # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-        read = [k if k >= 0 else last + 2 + k for k in self.read_layers()]
-        return stack == "vision" and layer >= max(read)
+        return stack == "vision" and layer >= read_until(self.read_layers(), last)
 
 
 @register("llava", "vipllava", "video_llava")
@@ -278,30 +274,3 @@ class DeepseekVLHybridAdapter(GridAdapter):
     def place(self, original: ImageSize, size: ImageSize, index: int) -> Placement:
         """Resized with its aspect ratio kept, centred in a square."""
         return padded_square(self.image_processor, "high_res_size", original, size)
-
-
-def interleaved(is_second: torch.Tensor, first: Grid, second: Grid, offset: int) -> Grid:
-    """Two grids of tokens as one, in reading order.
-
-    Args:
-        is_second: `[token]`, which of them are the second's.
-        first: Tokens of images.
-        second: Tokens of frames.
-        offset: What to add to the second's image numbers.
-    """
-    counts = (int((~is_second).sum()), int(is_second.sum()))
-    given = (first.role.numel(), second.role.numel())
-    if counts != given:
-        raise AdapterError(
-            f"The text has {counts[0]} image tokens and {counts[1]} video tokens, but the images "
-            f"make {given[0]} and the videos {given[1]}. Was it expanded by the model's own "
-            "processor?"
-        )
-    order = torch.cat([(~is_second).nonzero(), is_second.nonzero()]).squeeze(1).argsort()
-    image = torch.cat([first.image, torch.where(second.image >= 0, second.image + offset, -1)])
-    return Grid(
-        torch.cat([first.role, second.role])[order],
-        image[order],
-        torch.cat([first.box, second.box])[order],
-        torch.cat([first.sample, second.sample])[order],
-    )

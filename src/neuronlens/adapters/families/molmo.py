@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from neuronlens.adapters.base import register
+from neuronlens.adapters.families.patches import read_until
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.grids import (
     ImageSize,
@@ -52,9 +53,9 @@ class Molmo2Adapter(FamilyAdapter):
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
         chosen = self._config.adapter_config.vision_feature_layer
-        # hidden_states[k] is the output of layer k - 1; from 0 on, layers are counted instead.
-        read = [k if k >= 0 else last + 1 + k for k in chosen]
-        return stack == "vision" and layer > max(read)
+        # From 0 on these count layers, whose outputs are the hidden states one further.
+        states = [k + 1 if k >= 0 else k for k in chosen]
+        return stack == "vision" and layer >= read_until(states, last)
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Where a crop lies is told by which of its patches are pooled into which token."""

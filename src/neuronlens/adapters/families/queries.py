@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from neuronlens.adapters.base import register
-from neuronlens.adapters.families.patches import size_of
+from neuronlens.adapters.families.patches import read_until, size_of
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import (
@@ -95,11 +95,7 @@ class AriaAdapter(FamilyAdapter):
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
         chosen = self._config.vision_feature_layer
-        # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-        read = [
-            k if k >= 0 else last + 2 + k for k in ([chosen] if isinstance(chosen, int) else chosen)
-        ]
-        return stack == "vision" and layer >= max(read)
+        return stack == "vision" and layer >= read_until(chosen, last)
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """As many queries as the square's number of patches asks for."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from neuronlens.activations import Routed
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, special_block
+from neuronlens.adapters.families.patches import interleaved
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import Grid, ImageSize, Piece, Seen, cells, flat, in_blocks, raster
@@ -114,12 +115,10 @@ class MergeBlockAdapter(FamilyAdapter):
         moving = self.frames(inputs, "pixel_values_videos", "video_grid_thw")
         frames = [*stills, *moving]
         tokens = [self._tokens(frame) for frame in frames]
-        numbered = list(enumerate(tokens))
+        count = sum(len(piece) for piece in tokens[: len(stills)])
         return Seen(
             sizes=[self._size(frame) for frame in frames],
-            language=self._in_reading_order(
-                inputs, flat(numbered[: len(stills)]), flat(numbered[len(stills) :])
-            ),
+            language=self._in_reading_order(inputs, flat(enumerate(tokens)), count),
             streams={
                 "vision": flat((i, self._patches(frame)) for i, frame in enumerate(frames)),
                 "projector": flat((i, tokens[i][self._order(f)]) for i, f in enumerate(frames)),
@@ -187,30 +186,23 @@ class MergeBlockAdapter(FamilyAdapter):
         windows = [band.split(side, 1) for band in grid.split(side, 0)]
         return torch.cat([window.flatten() for band in windows for window in band])
 
-    def _in_reading_order(self, inputs: Mapping[str, Any], stills: Grid, moving: Grid) -> Grid:
-        """Tokens of images and of videos as their placeholders take turns in the text."""
-        joined = [
-            torch.cat([getattr(grid, name) for grid in (stills, moving)])
-            for name in ("role", "image", "box", "sample")
-        ]
-        total, first = len(joined[0]), len(stills.role)
-        order = torch.arange(total)
-        if first < total:
-            ids = self.text(inputs)
-            here = self.placeholders(inputs, ids) & (self.text_map(inputs).role != Role.PAD)
-            is_moving = self.is_moving(ids)[here]
-            # If there are too many or too few in all, `tokens` says so.
-            if len(is_moving) == total:
-                if int(is_moving.sum()) != total - first:
-                    raise AdapterError(
-                        f"The images have {first} tokens and the videos {total - first}, but "
-                        f"{self.text_input} hold {int((~is_moving).sum())} and "
-                        f"{int(is_moving.sum())}. Was each prompt expanded by the model's own "
-                        "processor?"
-                    )
-                order = is_moving.long().argsort(stable=True).argsort()
-        role, image, box, sample = (field[order] for field in joined)
-        return Grid(role, image, box, sample)
+    def _in_reading_order(self, inputs: Mapping[str, Any], tokens: Grid, stills: int) -> Grid:
+        """The tokens in the order of their placeholders: videos may stand before images.
+
+        Args:
+            inputs: Of the model.
+            tokens: Of all images, then of all videos.
+            stills: How many of them are the images'.
+        """
+        total = len(tokens.role)
+        if stills == total:
+            return tokens
+        ids = self.text(inputs)
+        here = self.placeholders(inputs, ids) & (self.text_map(inputs).role != Role.PAD)
+        is_moving = self.is_moving(ids)[here]
+        if len(is_moving) != total:
+            return tokens  # told as an error where placeholders are filled
+        return interleaved(is_moving, tokens, stills)
 
 
 @register("cosmos3_edge")

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuronlens.adapters.base import register
-from neuronlens.adapters.families.llava import GridAdapter, interleaved
+from neuronlens.adapters.families.llava import GridAdapter
+from neuronlens.adapters.families.patches import interleaved
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.geometry import Placement, stretched
 from neuronlens.adapters.grids import (
@@ -153,10 +154,11 @@ class PerceptionLMAdapter(FamilyAdapter):
         ids = ids[self.placeholders(inputs, ids)]
         is_video = ids == self._config.video_token_id
         first = special(self._first)
+        stills = sum(len(piece) for _, piece in shown["image"])
         by_tile = rows(passed)
         return Seen(
             sizes=sizes,
-            language=interleaved(is_video, flat(shown["image"]), flat(shown["video"]), 0),
+            language=interleaved(is_video, flat([*shown["image"], *shown["video"]]), stills),
             streams={
                 "vision": rows((i, first + piece) for i, piece in tower),
                 "projector": Grid(

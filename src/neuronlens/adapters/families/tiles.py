@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, special_block
+from neuronlens.adapters.families.patches import read_until
 from neuronlens.adapters.families.tiling import (
     Areas,
     Cut,
@@ -160,12 +161,6 @@ class _UntoldGridAdapter(TileAdapter):
         return nearest_grid(tiles, before, tile)
 
 
-def _is_behind(chosen: int | list[int], layer: int, last: int) -> bool:
-    # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-    read = [chosen] if isinstance(chosen, int) else chosen
-    return layer >= max(k if k >= 0 else last + 2 + k for k in read)
-
-
 @register("aya_vision")
 class AyaVisionAdapter(_UntoldGridAdapter):
     """A marker before each tile."""
@@ -174,7 +169,8 @@ class AyaVisionAdapter(_UntoldGridAdapter):
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
-        return stack == "vision" and _is_behind(self._config.vision_feature_layer, layer, last)
+        chosen = self._config.vision_feature_layer
+        return stack == "vision" and layer >= read_until(chosen, last)
 
     def merged(self, side: int) -> int:
         """Pixel shuffle."""
@@ -213,7 +209,8 @@ class InternVLAdapter(_UntoldGridAdapter):
 
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
-        return stack == "vision" and _is_behind(self._config.vision_feature_layer, layer, last)
+        chosen = self._config.vision_feature_layer
+        return stack == "vision" and layer >= read_until(chosen, last)
 
     def merged(self, side: int) -> int:
         """Pixel shuffle."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from neuronlens.adapters.base import register
+from neuronlens.adapters.families.patches import read_until
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.grids import (
     ImageSize,
@@ -43,11 +44,7 @@ class PixtralAdapter(FamilyAdapter):
     def is_inert(self, stack: str, layer: int, last: int) -> bool:
         """Tower layers behind the last one whose output is read."""
         chosen = getattr(self._config, "vision_feature_layer", -1)
-        # hidden_states[k] is the output of layer k - 1; negative numbers count from the last.
-        read = [
-            k if k >= 0 else last + 2 + k for k in ([chosen] if isinstance(chosen, int) else chosen)
-        ]
-        return stack == "vision" and layer >= max(read)
+        return stack == "vision" and layer >= read_until(chosen, last)
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """Cells in reading order; an image is as large as `image_sizes` says, without padding."""

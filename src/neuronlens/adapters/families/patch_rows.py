@@ -20,6 +20,7 @@ from torch import Tensor
 
 from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, special_block
+from neuronlens.adapters.families.patches import interleaved
 from neuronlens.adapters.family import FamilyAdapter
 from neuronlens.adapters.geometry import Placement, stretched
 from neuronlens.adapters.grids import (
@@ -179,11 +180,7 @@ class PatchRowsAdapter(FamilyAdapter):
         is_video = ids[self.placeholders(inputs, ids)] == self._config.video_token_id
         if int(is_video.sum()) != total - images or len(is_video) != total:
             return tokens  # told as an error where placeholders are filled
-        order = torch.empty(total, dtype=torch.long)
-        order[~is_video], order[is_video] = torch.arange(total).tensor_split([images])
-        return Grid(
-            tokens.role[order], tokens.image[order], tokens.box[order], tokens.sample[order]
-        )
+        return interleaved(is_video, tokens, images)
 
 
 class _Marked(PatchRowsAdapter):
