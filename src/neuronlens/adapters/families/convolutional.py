@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -55,9 +56,9 @@ class ConvolutionalAdapter(FamilyAdapter):
             int(info["reduction"]) for info in self._tower.feature_info if info["module"] == stage
         )
 
+    @abstractmethod
     def image_tokens(self, size: ImageSize) -> Piece:
         """What the language model is given of an image."""
-        raise NotImplementedError
 
     def look(self, inputs: Mapping[str, Any]) -> Seen:
         """A grid of cells per stage."""
