@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
