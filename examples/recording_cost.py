@@ -20,11 +20,14 @@ from neuronlens import testbed
 class Maxima:
     """A sink that keeps each neuron's largest activation over all tokens but padding."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: nl.TokenMap) -> None:
+        real = (tokens.role != nl.Role.PAD).flatten()
+        self.at = None if real.all() else real.nonzero().squeeze(1)
         self.largest: dict[str, torch.Tensor] = {}
 
     def take(self, site: nl.NeuronSite, activation: torch.Tensor, tokens: nl.TokenMap) -> None:
-        now = activation.flatten(0, -2).amax(0)
+        rows = activation.flatten(0, -2)
+        now = (rows if self.at is None else rows[self.at]).amax(0)
         before = self.largest.get(site.name)
         self.largest[site.name] = now if before is None else torch.maximum(before, now)
 
@@ -79,7 +82,7 @@ def main() -> None:
         vlm = nl.adapt(bed.model, bed.processor)
         inputs = nl.encode(vlm, testbed.scenes(8)).inputs
     tokens = vlm.tokens(inputs)
-    sink = Maxima()
+    sink = Maxima(tokens["language"])
 
     def bare() -> None:
         vlm.model(**inputs, use_cache=False)

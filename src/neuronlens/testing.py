@@ -158,7 +158,9 @@ def _logits(vlm: ModelAdapter, inputs: Mapping[str, Any]) -> Tensor:
 def _rows(out: Activation) -> Float[Tensor, "row neuron"]:
     """`[token, neuron]`, experts beside each other, 0 where a token was not routed."""
     if isinstance(out, Routed):
-        return out.dense().nan_to_num(0.0).flatten(-2).flatten(0, -2)
+        ran = Routed(torch.ones_like(out.values[..., :1]), out.expert, out.experts).dense() == 1
+        # Only where nothing ran: a NaN that was computed has to stay one.
+        return torch.where(ran, out.dense(), 0).flatten(-2).flatten(0, -2)
     return out.flatten(0, -2)
 
 
