@@ -1,0 +1,53 @@
+"""What a scan leaves on disk: every neuron's top samples and counts, opened lazily."""
+
+from neuronlens.atlas.atlas import Atlas, NeuronStatistics
+from neuronlens.atlas.folder import (
+    check_files,
+    described,
+    durable,
+    locked,
+    new_folder,
+    put_in_place,
+    require_free,
+    require_space,
+    save_tensors,
+)
+from neuronlens.atlas.manifest import (
+    FORMAT,
+    Choices,
+    FileInfo,
+    Manifest,
+    ModelInfo,
+    Part,
+    SampleRecord,
+    Shard,
+    Skipped,
+)
+from neuronlens.atlas.write import read_records, site_file, write, write_sites
+
+__all__ = [
+    "FORMAT",
+    "Atlas",
+    "Choices",
+    "FileInfo",
+    "Manifest",
+    "ModelInfo",
+    "NeuronStatistics",
+    "Part",
+    "SampleRecord",
+    "Shard",
+    "Skipped",
+    "check_files",
+    "described",
+    "durable",
+    "locked",
+    "new_folder",
+    "put_in_place",
+    "read_records",
+    "require_free",
+    "require_space",
+    "save_tensors",
+    "site_file",
+    "write",
+    "write_sites",
+]
