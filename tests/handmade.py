@@ -13,7 +13,7 @@ from PIL import Image
 import neuronlens as nl
 from neuronlens import atlas as atlases
 from neuronlens.neurons import NeuronId, NeuronSite
-from neuronlens.running import ABSENT, COUNTED, SiteStatistics
+from neuronlens.running import ABSENT, COUNTED, SiteStatistics, TopSamples
 from neuronlens.tokens import Role
 
 LETTERS = {"_": Role.PAD, "s": Role.SPECIAL, "p": Role.PROMPT, "r": Role.RESPONSE, "v": Role.VISUAL}
@@ -85,13 +85,17 @@ def statistics(
 ) -> SiteStatistics:
     """What a scan keeps of neurons with these activations, made without the scan's code."""
     made = SiteStatistics(len(neurons), n, keep_visual, keep_text, dtype)
-    made.firing._open("")
+    made.firing.open("")
+    ids = torch.full((len(neurons), n), ABSENT, dtype=torch.int32)
+    visual, text = (
+        torch.full((len(neurons), n, keep), float("-inf"), dtype=dtype)
+        for keep in (keep_visual, keep_text)
+    )
     for row, seen in enumerate(neurons):
         best = sorted((-max([*v, *t]), position) for position, (v, t) in seen.items() if [*v, *t])
         for rank, (_, position) in enumerate(best[:n]):
-            assert made.top.ids[row, rank] == ABSENT
-            made.top.ids[row, rank] = position
-            kept = (made.top.visual, keep_visual), (made.top.text, keep_text)
+            ids[row, rank] = position
+            kept = (visual, keep_visual), (text, keep_text)
             for values, (target, keep) in zip(seen[position], kept, strict=True):
                 largest = sorted(values, reverse=True)[:keep]
                 target[row, rank, : len(largest)] = torch.tensor(largest, dtype=dtype)
@@ -99,6 +103,7 @@ def statistics(
             values = [value for both in seen.values() for value in both[side]]
             if values:
                 made.roles.maximum[COUNTED.index(role), row] = max(values)
+    made.top = TopSamples.of(ids, visual, text)
     return made
 
 

@@ -86,8 +86,15 @@ def test_an_atlas_in_a_newer_format_is_refused(copied):
         nl.Atlas.open(copied.path)
 
 
+def test_an_atlas_of_an_earlier_format_is_refused(copied):
+    path = copied.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(AtlasError, match=rf"has format 1.* reads {FORMAT}. Scan again"):
+        nl.Atlas.open(copied.path)
+
+
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"format": 1}', b"\xff\xfe\x00"], ids=str
+    "text", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"format": 2}', b"\xff\xfe\x00"], ids=str
 )
 def test_a_broken_manifest_is_refused(copied, text):
     (copied.path / "manifest.json").write_bytes(text)

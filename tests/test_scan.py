@@ -25,7 +25,10 @@ from neuronlens.errors import (
 )
 from neuronlens.running import ABSENT, COUNTED, FIXED_POINT, block_of
 from neuronlens.samples import encode
-from neuronlens.scan import _Scan, batch_plan
+from neuronlens.scan import batch_plan
+from neuronlens.scan.feed import Encoded, Encoder
+from neuronlens.scan.plan import Planned
+from neuronlens.scan.state import ScanState
 from neuronlens.tokens import Role
 
 LANGUAGE = ("language.0", "language.3")
@@ -494,7 +497,11 @@ CHOICES = Choices(
 )
 
 
-def state_of(scan: _Scan) -> dict[str, object]:
+def encoded(vlm, *placed) -> Encoded:
+    return Encoder(vlm, CHOICES)[Planned(0, 0, "", placed, is_first=True)]
+
+
+def state_of(scan: ScanState) -> dict[str, object]:
     domains = ["checked", "dotted", "plain", "striped"]
     return {
         "statistics": {
@@ -511,10 +518,10 @@ def state_of(scan: _Scan) -> dict[str, object]:
 def interrupted(vlm, scenes):
     """A scan whose second batch, of which one sample has no image, was halted half-way."""
     sites = vlm.select(LANGUAGE)
-    batch = [(3, scenes[3]), (4, replace(scenes[4], images=())), (5, scenes[5])]
-    undisturbed, scan = (_Scan(vlm, sites, CHOICES, None) for _ in range(2))
+    batch = encoded(vlm, (3, scenes[3]), (4, replace(scenes[4], images=())), (5, scenes[5]))
+    undisturbed, scan = (ScanState(vlm, sites, CHOICES) for _ in range(2))
     for each in (undisturbed, scan):
-        each.run(list(enumerate(scenes[:3])))
+        each.run(encoded(vlm, *enumerate(scenes[:3])))
     before = state_of(scan)
     with changing(vlm, "language.2", 0, halt), pytest.raises(ArithmeticError):
         scan.run(batch)

@@ -22,7 +22,7 @@ from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import ActivationRecorder, Sink, record
 from neuronlens.report import Control, report
 from neuronlens.samples import Annotation, Sample, encode, read_samples
-from neuronlens.scan import scan
+from neuronlens.scan import ScanSize, scan, scan_size
 from neuronlens.score import Score
 from neuronlens.segment import AnnotationSegmenter, Segmenter
 from neuronlens.simulate import (
@@ -57,6 +57,7 @@ __all__ = [
     "Role",
     "Routed",
     "Sample",
+    "ScanSize",
     "Score",
     "Segmenter",
     "Simulation",
@@ -77,6 +78,7 @@ __all__ = [
     "register",
     "report",
     "scan",
+    "scan_size",
 ]
 
 _NAMESPACES = ("adapters", "testbed", "testing")

@@ -23,7 +23,7 @@ from neuronlens.atlas import Atlas
 from neuronlens.errors import CaptureError, OutputError, SampleError, UnknownNameError
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import record
-from neuronlens.samples import Sample, encode
+from neuronlens.samples import Sample, as_sample, encode
 from neuronlens.show import (
     Html,
     enlarged,
@@ -407,14 +407,15 @@ def _sample(atlas: Atlas, position: int, samples: Sequence[Sample] | None) -> Sa
     if samples is None:
         return atlas.sample(position)
     record_id = str(atlas.samples[position].id)
-    if position >= len(samples) or samples[position].id != record_id:
+    found = as_sample(samples[position], position) if position < len(samples) else None
+    if found is None or found.id != record_id:
         raise UnknownNameError(
             f"sample at position {position} of those given",
             record_id,
-            [each.id for each in samples],
+            [as_sample(samples[i], i).id for i in range(min(len(samples), 100))],
             "Pass the scanned samples in the scanned order.",
         )
-    return samples[position]
+    return found
 
 
 def _compare(

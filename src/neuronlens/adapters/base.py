@@ -306,6 +306,12 @@ class ModelAdapter(ABC):
         """What the model was loaded from, or its class."""
         return str(getattr(self._config, "name_or_path", "") or type(self.model).__name__)
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of the model hub it was loaded from; None if there was none."""
+        found = getattr(self._config, "_commit_hash", None)
+        return None if found is None else str(found)
+
     def fingerprint(self) -> str:
         """A digest of the weights: 64 values of every parameter, their shapes and names.
 
@@ -329,11 +335,21 @@ class ModelAdapter(ABC):
                     digest.update(flat[::step][:64].to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:32]
 
-    def forward(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the model, without a cache where it has the choice."""
+    def forward(self, inputs: Mapping[str, Any], *, logits: bool = True) -> Any:
+        """Run the model, without a cache where it has the choice.
+
+        Args:
+            inputs: Its named arguments.
+            logits: Whether the logits of every token are wanted. Without, those of the last one
+                are computed alone where the model has the choice; nothing before them changes.
+        """
         accepted = inspect.signature(self.model.forward).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-        extra = {"use_cache": False} if "use_cache" in accepted or takes_all else {}
+        extra: dict[str, Any] = {}
+        if "use_cache" in accepted or takes_all:
+            extra["use_cache"] = False
+        if not logits and "logits_to_keep" in accepted:
+            extra["logits_to_keep"] = 1
         return self.model(**inputs, **extra)
 
     def require_eval(self) -> None:

@@ -20,10 +20,11 @@ from neuronlens.atlas.manifest import (
     ModelInfo,
     Part,
     SampleRecord,
+    Session,
     Shard,
     Skipped,
 )
-from neuronlens.atlas.write import read_records, site_file, write, write_sites
+from neuronlens.atlas.write import read_records, site_file, write, write_sessions, write_sites
 
 __all__ = [
     "FORMAT",
@@ -35,6 +36,7 @@ __all__ = [
     "NeuronStatistics",
     "Part",
     "SampleRecord",
+    "Session",
     "Shard",
     "Skipped",
     "check_files",
@@ -49,5 +51,6 @@ __all__ = [
     "save_tensors",
     "site_file",
     "write",
+    "write_sessions",
     "write_sites",
 ]

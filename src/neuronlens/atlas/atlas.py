@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas.folder import check_files
-from neuronlens.atlas.manifest import FORMAT, Choices, Manifest, SampleRecord
-from neuronlens.atlas.write import TABLE, read_records, site_file
+from neuronlens.atlas.manifest import FORMAT, Choices, Manifest, SampleRecord, Session
+from neuronlens.atlas.write import SESSIONS, TABLE, read_records, site_file
 from neuronlens.errors import AtlasError, UnknownNameError
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.running import COUNTED, FIXED_POINT, SiteStatistics
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeuronStatistics:
     """What an atlas knows of one neuron.
 
@@ -59,6 +59,10 @@ class NeuronStatistics:
     mean: Mapping[Role, float]
     firing_rate: Mapping[Role, float]
     routed_share: Mapping[Role, float]
+
+    def __repr__(self) -> str:
+        best = f"{self.value[0]:.3g} on sample {self.positions[0]}" if len(self.value) else "none"
+        return f"NeuronStatistics({self.neuron}: {len(self.value)} top samples, best {best})"
 
 
 Selection = str | NeuronId | NeuronSite | Iterable[str | NeuronId | NeuronSite] | None
@@ -234,6 +238,14 @@ class Atlas:
             return {record.position: record for record in read_records(self.path / TABLE)}
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise AtlasError(f"{self.path}/{TABLE} cannot be read: {error}") from error
+
+    @property
+    def runs(self) -> list[Session]:
+        """How the scan went, a line per run and rank; empty for a merged atlas."""
+        path = self.path / SESSIONS
+        if not path.exists():
+            return []
+        return [Session.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
 
     def sample(self, position: int) -> Sample:
         """A scanned sample, found again through its files.

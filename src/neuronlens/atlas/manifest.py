@@ -86,6 +86,32 @@ class Shard(BaseModel):
         return f"{self.index} of {self.count}"
 
 
+class Session(BaseModel):
+    """One run of a scan, from its start or a checkpoint; what it says is no part of the result.
+
+    Attributes:
+        started: When, in UTC.
+        samples: How many it took in.
+        seconds: How long it ran.
+        waited: Seconds in which the model waited for data.
+        saving: Seconds spent on checkpoints.
+        workers: Worker processes.
+        device: Of the model's inputs.
+        threads: Of the main process.
+        shard: Which share it had.
+    """
+
+    started: str
+    samples: int = 0
+    seconds: float = 0
+    waited: float = 0
+    saving: float = 0
+    workers: int
+    device: str
+    threads: int
+    shard: Shard
+
+
 class Manifest(BaseModel):
     """What the folder holds and how it came to be.
 

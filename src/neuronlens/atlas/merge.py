@@ -85,16 +85,16 @@ def _agreed(atlases: Sequence[Atlas]) -> Choices:
             }
             for a in (first, other)
         )
-        apart = [f"{name} {one[name]!s} and {two[name]!s}" for name in one if one[name] != two[name]]
+        apart = [
+            f"{name} {one[name]!s} and {two[name]!s}" for name in one if one[name] != two[name]
+        ]
         if apart:
             raise AtlasError(
                 f"{first.path} and {other.path} cannot be merged, since they differ in "
                 f"{'; '.join(apart)}. Scan one of them again like the other."
             )
     several = {
-        name: None
-        for name in dealt
-        if len({getattr(atlas.choices, name) for atlas in atlases}) > 1
+        name: None for name in dealt if len({getattr(atlas.choices, name) for atlas in atlases}) > 1
     }
     return first.choices.model_copy(update=several)
 
@@ -184,12 +184,14 @@ def _merged(
 ) -> SiteStatistics:
     merged: SiteStatistics | None = None
     for atlas, place in zip(atlases, places, strict=True):
+        if merged is not None and atlas.manifest.samples == 0:
+            continue  # a shard without a batch of its own
         with atlas.read(site.name) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         ids = state["top.ids"].long()
         state["top.ids"] = torch.where(ids == ABSENT, ABSENT, place[ids.clamp(min=0)]).int()
         own = SiteStatistics.from_state_dict(state, atlas.manifest.domains)
-        if merged is None:
+        if merged is None or int(merged.top.ids.max()) == ABSENT:
             merged = own
         else:
             merged.merge(own)

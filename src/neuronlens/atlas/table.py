@@ -37,7 +37,7 @@ def made_by(library: str) -> Callable[[Columns], Any]:
         if library == "pandas":
             import pandas as pd
 
-            return pd.DataFrame
+            return lambda columns: pd.DataFrame(columns)
         import pyarrow as pa
 
         return lambda columns: pa.table(columns)
@@ -85,9 +85,7 @@ def per_sample(atlas: Atlas, rows: Rows) -> Columns:
     for name, chosen in rows.items():
         site = atlas.site(name)
         with atlas.read(name) as file:
-            ids, visual, text = (
-                _read(file, f"top.{n}", chosen) for n in ("ids", "visual", "text")
-            )
+            ids, visual, text = (_read(file, f"top.{n}", chosen) for n in ("ids", "visual", "text"))
         at = torch.arange(site.neurons) if chosen is None else torch.tensor(chosen)
         neuron, rank = (ids != ABSENT).nonzero(as_tuple=True)
         positions = ids[neuron, rank].numpy()

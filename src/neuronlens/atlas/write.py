@@ -13,6 +13,7 @@ from neuronlens.atlas.manifest import (
     ModelInfo,
     Part,
     SampleRecord,
+    Session,
     Shard,
     Skipped,
 )
@@ -21,6 +22,9 @@ from neuronlens.running import SiteStatistics
 
 TABLE = "samples.jsonl"
 """Where the table of samples lies within the folder."""
+
+SESSIONS = "runs.jsonl"
+"""Where it is said how the scan went; that is no part of the result."""
 
 
 def site_file(site: str) -> str:
@@ -33,6 +37,12 @@ def read_records(path: Path) -> Iterator[SampleRecord]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield SampleRecord.model_validate_json(line)
+
+
+def write_sessions(folder: Path, sessions: Iterable[Session]) -> None:
+    """Write how the scan went."""
+    with (folder / SESSIONS).open("w", encoding="utf-8") as file:
+        file.writelines(session.model_dump_json() + "\n" for session in sessions)
 
 
 def write_sites(

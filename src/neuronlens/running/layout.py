@@ -133,9 +133,7 @@ class Layout:
         index = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([len(each) for each in rows])
         missing = torch.arange(index.shape[1]) >= lengths[:, None]
-        return Padded(
-            self._sent(index), self._sent(missing) if bool(missing.any()) else None
-        )
+        return Padded(self._sent(index), self._sent(missing) if bool(missing.any()) else None)
 
     def _sent(self, made: Tensor) -> Tensor:
         """On the device; not waited for where the memory allows it."""

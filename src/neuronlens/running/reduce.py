@@ -219,9 +219,7 @@ def _reduce_routed(
     """Expert by expert: the rows of each lie together, ordered by sample and role."""
     flat = activation.flat()
     width, experts = flat.values.shape[-1], activation.experts
-    made = _Reducing(
-        layout, flat.values, experts * width, (keep_visual, keep_text), gate, ids
-    )
+    made = _Reducing(layout, flat.values, experts * width, (keep_visual, keep_text), gate, ids)
     roles = max(Role) + 1
     groups = layout.samples * roles
     group = (layout.sample * roles + layout.role).to(activation.device)

@@ -54,9 +54,7 @@ class FiringCounts:
             without experts the last axis is empty.
     """
 
-    def __init__(
-        self, neurons: int, experts: int = 0, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, neurons: int, experts: int = 0, device: torch.device | str = "cpu") -> None:
         self.neurons = neurons
         self.experts = experts
         self.device = device
@@ -136,11 +134,22 @@ class SiteStatistics:
         device = self.top.device
         chosen = None if bool(keep.all()) else keep.to(device)
         visual, text = reduction.visual.to(device), reduction.text.to(device)
-        if reduction.entries is None:
-            ids = torch.tensor(positions, dtype=torch.int32)
+        ids = torch.tensor(positions, dtype=torch.int32)
+        entries = reduction.entries
+        if device.type == "cpu" and entries is None:
+            value = torch.maximum(visual[..., 0], text[..., 0])
+            passes = self.top.gate.passes(value, ids)
+            sample, neuron = passes.nonzero(as_tuple=True)
+            entries = sample, neuron
+            visual, text = visual[entries], text[entries]
+        elif device.type != "cpu" and entries is not None:
+            shape = reduction.maximum.shape[0], reduction.maximum.shape[2]
+            visual, text = (_spread(kept, entries, shape) for kept in (visual, text))
+            entries = None
+        if entries is None:
             self.top.update(ids.to(device, non_blocking=True), visual, text, chosen)
         else:
-            sample, neuron = (each.to(device) for each in reduction.entries)
+            sample, neuron = (each.to(device) for each in entries)
             first = torch.searchsorted(sample, torch.arange(len(keep) + 1, device=device)).tolist()
             for row in keep.nonzero().squeeze(1).tolist():
                 here = slice(first[row], first[row + 1])
@@ -158,6 +167,15 @@ class SiteStatistics:
                     reduction.tokens[rows],
                     None if reduction.routed is None else reduction.routed[rows],
                 )
+
+    def move(self, device: torch.device) -> None:
+        """Go on counting on another device."""
+        if device != self.top.device:
+            self.top = TopSamples.of(self.top.ids, self.top.visual, self.top.text, device)
+            self.roles.maximum = self.roles.maximum.to(device)
+            self.roles.total = self.roles.total.to(device)
+            self.firing.device = device
+            self.firing.fired = {d: each.to(device) for d, each in self.firing.fired.items()}
 
     def merge(self, other: SiteStatistics) -> None:
         """Take in the statistics of other samples."""
@@ -178,7 +196,11 @@ class SiteStatistics:
 
         def stacked(name: str) -> Tensor:
             found = {**getattr(empty, name), **getattr(known, name)}
-            return torch.stack([found[domain].cpu() for domain in domains])
+            if domains:
+                return torch.stack([found[domain].cpu() for domain in domains])
+            empty.open("")
+            nothing: Tensor = getattr(empty, name)[""].cpu()
+            return nothing[None][:0]
 
         return {
             "top.ids": self.top.ids.to("cpu", copy=True),
@@ -212,3 +234,12 @@ class SiteStatistics:
             made.firing.tokens[domain].copy_(state["tokens"][place])
             made.firing.routed[domain].copy_(routed.movedim(0, -1))
         return made
+
+
+def _spread(
+    kept: Float[Tensor, "entry count"], entries: tuple[Tensor, Tensor], shape: tuple[int, int]
+) -> Float[Tensor, "sample neuron count"]:
+    """What was kept of some entries among all; -inf elsewhere."""
+    spread = kept.new_full((*shape, kept.shape[1]), float("-inf"))
+    spread[tuple(each.to(kept.device) for each in entries)] = kept
+    return spread

@@ -71,7 +71,8 @@ class TopSamples:
         device: torch.device | str = "cpu",
     ) -> TopSamples:
         """The lists that these were taken from."""
-        made = cls(*ids.shape, visual.shape[2], text.shape[2], visual.dtype, device)
+        neurons, n = ids.shape
+        made = cls(neurons, n, visual.shape[2], text.shape[2], visual.dtype, device)
         made._merge(ids.to(device), visual.to(device), text.to(device))
         return made
 
@@ -127,9 +128,7 @@ class TopSamples:
         if not bool(enters.any()):
             return
         if not bool(enters.all()):
-            neuron, visual, text, value = (
-                each[enters] for each in (neuron, visual, text, value)
-            )
+            neuron, visual, text, value = (each[enters] for each in (neuron, visual, text, value))
         at = self._last[neuron]
         self._ids[neuron, at] = id
         self._visual[neuron, at] = visual

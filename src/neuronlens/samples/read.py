@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,15 +52,24 @@ class SampleRow(BaseModel):
         )
 
 
-class _Turn(BaseModel):
+class Turn(BaseModel):
+    """Who says what in a conversation, as LLaVA's data have it."""
+
     speaker: str = Field(alias="from")
     value: str
+
+
+def first_exchange(turns: Sequence[Turn]) -> tuple[str, str] | None:
+    """Prompt and response that a conversation begins with; None if it begins otherwise."""
+    if [turn.speaker for turn in turns[:2]] != ["human", "gpt"]:
+        return None
+    return turns[0].value.replace("<image>", "").strip(), turns[1].value.strip()
 
 
 class _Conversation(BaseModel):
     id: str | int | None = None
     image: str | list[str] | None = None
-    conversations: list[_Turn]
+    conversations: list[Turn]
 
 
 def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sample]:
@@ -126,15 +135,16 @@ def _read_conversations(path: Path, folder: Path) -> Iterator[Sample]:
         except ValidationError as error:
             raise DataError(f"{path}, record {number}: {_first(error)}") from error
         turns = read.conversations
-        if [turn.speaker for turn in turns[:2]] != ["human", "gpt"]:
+        exchange = first_exchange(turns)
+        if exchange is None:
             said = [turn.speaker for turn in turns[:2]]
             raise DataError(f"{path}, record {number} begins with {said}, not ['human', 'gpt'].")
         longer += len(turns) > 2
         row = SampleRow(
             id=read.id,
             image=read.image,
-            prompt=turns[0].value.replace("<image>", "").strip(),
-            response=turns[1].value.strip(),
+            prompt=exchange[0],
+            response=exchange[1],
         )
         yield row.sample(folder, str(number))
     if longer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from neuronlens.errors import DataError, SampleError
 
-Picture = Path | Image.Image
+Picture = Path | Image.Image | bytes
+"""A file, a picture in memory, or the bytes of a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ class Sample:
 
     Attributes:
         id: Unique within a data set.
-        images: Paths, or pictures in memory.
+        images: Paths, pictures in memory, or the bytes of image files.
         prompt: The user's text, without image tokens and chat markers.
         response: The text whose tokens the papers look at; None where there is none.
         domain: Name of the domain, for domain-specific neurons.
@@ -85,17 +87,22 @@ class Sample:
         if not self.images:
             raise SampleError(self.id, "no image", "give at least one, as `image` or `images`.")
         opened = []
+        file: Path | io.BytesIO
         for source in self.images:
             if isinstance(source, Image.Image):
                 opened.append(ImageOps.exif_transpose(source).convert("RGB"))
                 continue
+            if isinstance(source, bytes):
+                file, named = io.BytesIO(source), f"{len(source)} bytes"
+            else:
+                file, named = source, str(source)
             try:
-                with Image.open(source) as image:
+                with Image.open(file) as image:
                     opened.append(ImageOps.exif_transpose(image).convert("RGB"))
             except FileNotFoundError:
-                raise SampleError(self.id, "missing image", f"there is no file {source}.") from None
+                raise SampleError(self.id, "missing image", f"there is no file {named}.") from None
             except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:
-                raise SampleError(self.id, "corrupt image", f"{source}: {e}.") from e
+                raise SampleError(self.id, "corrupt image", f"{named}: {e}.") from e
         return opened
 
     def concepts(self) -> frozenset[str]:
@@ -109,4 +116,5 @@ def image_digest(source: Picture) -> str:
         return hashlib.sha256(
             repr(source.size).encode() + source.convert("RGB").tobytes()
         ).hexdigest()
-    return hashlib.sha256(source.read_bytes()).hexdigest()
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return hashlib.sha256(data).hexdigest()
