@@ -129,6 +129,17 @@ class Layout:
         """All samples' eligible text, on the device; None where there is none."""
         return self._padded(self._text) if any(map(len, self._text)) else None
 
+    def scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Memory to work in, which all sites of the stream share."""
+        key = (shape, dtype)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self._scratch[key]
+
+    @cached_property
+    def _scratch(self) -> dict[tuple[tuple[int, int], torch.dtype], Tensor]:
+        return {}
+
     def _padded(self, rows: Sequence[Int[Tensor, " token"]]) -> Padded:
         index = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([len(each) for each in rows])

@@ -23,8 +23,8 @@ LARGEST_SUM = 2.0**30
 
 LOW = float("-inf")
 
-_CHUNK = 256
-"""Rows that are compared at a time: what is written stays in the processor's cache."""
+_CHUNK = 2**18
+"""Activations that are read at a time, so that they are read again from the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +122,10 @@ class _Reducing:
         """Take in one sample; `flat` has the neurons from `first` on."""
         here = slice(first, first + flat.shape[1])
         for role, at in roles.items():
-            rows, place = flat[at], COUNTED.index(role)
-            self.maximum[sample, place, here] = rows.amax(0) + 0  # -0.0 becomes 0.0
-            self.fired[sample, place, here] = _fired(rows)
-            summed = rows.sum(0, dtype=_summing(rows.device))
+            place = COUNTED.index(role)
+            maximum, fired, summed = self._read(flat[at])
+            self.maximum[sample, place, here] = maximum
+            self.fired[sample, place, here] = fired
             self.total[sample, place, here] = _fixed_point(summed)
             # NaN and infinity survive summing, or cancel to NaN.
             self.finite[sample] &= (summed.abs() < LARGEST_SUM).all()
@@ -139,6 +139,24 @@ class _Reducing:
         if columns is None:
             columns = torch.arange(flat.shape[1], device=flat.device)
         self._entries.append((torch.full_like(columns, sample), columns + first, *kept))
+
+    def _read(self, rows: Float[Tensor, "token neuron"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Each column's maximum, how many values are above 0, and the sum."""
+        width, device = rows.shape[1], rows.device
+        chunk = max(1, _CHUNK // width)
+        # Large pieces of fresh memory cost more than what is done in them.
+        ones = self._layout.scratch((chunk, width), rows.dtype)
+        wide = self._layout.scratch((chunk, width), _summing(device))
+        maximum = rows.new_full((width,), LOW)
+        fired = rows.new_zeros(width, dtype=torch.float32)  # exact: it counts tokens
+        summed = rows.new_zeros(width, dtype=wide.dtype)
+        for part in rows.split(chunk):
+            here = slice(0, len(part))
+            maximum = torch.maximum(maximum, part.amax(0))
+            # Ones and zeros of the values' own type: a sum of booleans is several times slower.
+            fired += torch.gt(part, 0, out=ones[here]).sum(0, dtype=torch.float32)
+            summed += wide[here].copy_(part).sum(0)
+        return maximum + 0, fired.int(), summed  # -0.0 becomes 0.0
 
     def _passing(self, sample: int, here: slice) -> Int[Tensor, " entry"] | None:
         if self._gate is None or self._ids is None:
@@ -169,17 +187,6 @@ class _Reducing:
             self._layout.tokens,
             routed,
         )
-
-
-def _fired(rows: Float[Tensor, "token neuron"]) -> Int[Tensor, " neuron"]:
-    """How many values of each column are above 0."""
-    above = rows.new_empty(min(_CHUNK, len(rows)), rows.shape[1])
-    counted = rows.new_zeros(rows.shape[1], dtype=torch.float32)  # exact: counts of tokens
-    for part in rows.split(_CHUNK):
-        # Ones and zeros of the values' own type: a sum of booleans is several times slower.
-        ones = torch.gt(part, 0, out=above[: len(part)])
-        counted += ones.sum(0, dtype=torch.float32)
-    return counted.int()
 
 
 def _largest(
