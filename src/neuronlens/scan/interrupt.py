@@ -45,5 +45,6 @@ def listening() -> Iterator[Asked]:
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, asked.hear))
+                before = signal.signal(number, asked.hear)
+                stack.callback(signal.signal, number, before or signal.SIG_DFL)
         yield asked

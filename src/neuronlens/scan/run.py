@@ -223,7 +223,10 @@ class _Run:
         self._cost = 0.0
 
     def __call__(self, samples: Iterable[Any], resume: bool) -> Atlas:
-        if not self._is_finished(samples):
+        if self._is_finished(samples):
+            if self.ranks.is_first:  # killed after the atlas was in its place
+                shutil.rmtree(self.root, ignore_errors=True)
+        else:
             with self.place.taken():
                 others = self.place.others()
                 if others and resume:

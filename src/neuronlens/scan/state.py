@@ -31,6 +31,40 @@ class _Staged:
 
     encoded: Encoded
     reductions: Mapping[str, Reduction]
+    finite: _Flags
+
+
+class _Flags:
+    """By site, which samples had finite activations: fetched once per device, not once per site.
+
+    They are sent for when the batch has run; waiting for them is then no waiting for what the
+    device has been given since.
+    """
+
+    def __init__(self, reductions: Mapping[str, Reduction]) -> None:
+        by_device: dict[torch.device, list[str]] = {}
+        for name, reduction in reductions.items():
+            by_device.setdefault(reduction.finite.device, []).append(name)
+        self._names = list(reductions)
+        self._sent: list[tuple[list[str], Tensor, torch.cuda.Event | None]] = []
+        for device, names in by_device.items():
+            flags = torch.stack([reductions[name].finite for name in names])
+            event = None
+            if device.type == "cuda":
+                flags = flags.to("cpu", non_blocking=True)
+                with torch.cuda.device(device):
+                    event = torch.cuda.Event()
+                    event.record()
+            self._sent.append((names, flags, event))
+
+    def by_site(self) -> dict[str, Bool[Tensor, " sample"]]:
+        """The flags, in the order in which the sites ran."""
+        found: dict[str, Bool[Tensor, " sample"]] = {}
+        for names, flags, event in self._sent:
+            if event is not None:
+                event.synchronize()
+            found |= dict(zip(names, flags.cpu(), strict=True))
+        return {name: found[name] for name in self._names}
 
 
 class _Staging:
@@ -146,12 +180,12 @@ class ScanState:
                 record(self.adapter, self.sites, staging, encoded.tokens),
             ):
                 self.adapter.forward(inputs, logits=False)
-        return _Staged(encoded, staging.reductions)
+        return _Staged(encoded, staging.reductions, _Flags(staging.reductions))
 
     def _take_in(self, staged: _Staged) -> None:
         encoded = staged.encoded
         skipped = list(encoded.skipped)
-        keep = _finite(encoded.records, staged.reductions, skipped)
+        keep = _finite(encoded.records, staged.finite.by_site(), skipped)
         records = [r for r, kept in zip(encoded.records, keep.tolist(), strict=True) if kept]
         self.is_whole = False  # until the end: what raises here leaves half a batch
         if records:
@@ -199,26 +233,15 @@ class ScanState:
 
 def _finite(
     records: Sequence[SampleRecord],
-    reductions: Mapping[str, Reduction],
+    flags: Mapping[str, Bool[Tensor, " sample"]],
     skipped: list[Skipped],
 ) -> Bool[Tensor, " sample"]:
     """Which samples of the batch had finite activations everywhere; the others are skipped."""
     keep = torch.ones(len(records), dtype=torch.bool)
-    by_device: dict[torch.device, list[str]] = {}
-    for name, reduction in reductions.items():
-        by_device.setdefault(reduction.finite.device, []).append(name)
-    # One look per device, not one per site.
-    looked = {
-        name: row
-        for names in by_device.values()
-        for name, row in zip(
-            names, torch.stack([reductions[name].finite for name in names]).cpu(), strict=True
-        )
-    }
-    for name in reductions:
-        for row in (keep & ~looked[name]).nonzero().squeeze(1).tolist():
+    for name, finite in flags.items():
+        for row in (keep & ~finite).nonzero().squeeze(1).tolist():
             mine = records[row]
             error = SampleError(str(mine.id), "non-finite activations", f"first at site {name}.")
             skipped.append(skip_record(mine.position, error))
-        keep &= looked[name]
+        keep &= finite
     return keep
