@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neuronlens.tokens import Role, TokenMap
@@ -35,10 +35,24 @@ class Padded:
     Attributes:
         index: Flat positions; a place without a token repeats another one.
         missing: True at such places; None where there is none.
+        grid: First position, and steps between samples, where they lie evenly; else None.
     """
 
     index: Int[Tensor, "sample token"]
     missing: Bool[Tensor, "sample token"] | None
+    grid: tuple[int, int] | None
+
+    def of(self, flat: Float[Tensor, "token neuron"]) -> Float[Tensor, "sample token neuron"]:
+        """The rows; they are not copied where they lie evenly."""
+        if self.grid is None or not flat.is_contiguous():
+            return flat[self.index]
+        first, step = self.grid
+        width = flat.shape[1]
+        return flat.as_strided(
+            (*self.index.shape, width),
+            (step * width, width, 1),
+            flat.storage_offset() + first * width,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +158,13 @@ class Layout:
         index = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         lengths = torch.tensor([len(each) for each in rows])
         missing = torch.arange(index.shape[1]) >= lengths[:, None]
-        return Padded(self._sent(index), self._sent(missing) if bool(missing.any()) else None)
+        first, step = int(index[0, 0]), int(index[-1, 0] - index[0, 0]) // max(1, len(index) - 1)
+        even = torch.arange(len(index))[:, None] * step + torch.arange(index.shape[1]) + first
+        return Padded(
+            self._sent(index),
+            self._sent(missing) if bool(missing.any()) else None,
+            (first, step) if torch.equal(even, index) else None,
+        )
 
     def _sent(self, made: Tensor) -> Tensor:
         """On the device; not waited for where the memory allows it."""

@@ -286,7 +286,7 @@ def reduce_everything(
         for side, count in (("visual", keep_visual), ("text", keep_text))
     }
     for role, padded in layout.padded.items():
-        rows, place = flat[padded.index], COUNTED.index(role)
+        rows, place = padded.of(flat), COUNTED.index(role)
         low = _filled(rows, padded, LOW)
         zero = _filled(rows, padded, 0)
         maximum[:, place] = low.amax(1) + 0
@@ -297,7 +297,7 @@ def reduce_everything(
         if role == Role.VISUAL:
             _put_largest(kept["visual"], low)
     if layout.padded_text is not None:
-        rows = flat[layout.padded_text.index]
+        rows = layout.padded_text.of(flat)
         _put_largest(kept["text"], _filled(rows, layout.padded_text, LOW))
     return Reduction(
         maximum, fired, total, finite, kept["visual"], kept["text"], None, layout.tokens

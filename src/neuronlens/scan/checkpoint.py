@@ -19,6 +19,7 @@ from neuronlens.atlas import (
     FORMAT,
     Choices,
     FileInfo,
+    Manifest,
     ModelInfo,
     SampleRecord,
     Session,
@@ -243,3 +244,19 @@ class Workplace:
 
 def _read(path: Path) -> Progress:
     return Progress.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def differences(now: Progress, then: Progress | Manifest) -> list[str]:
+    """In what two scans differ, for people."""
+    apart = []
+    if now.model.fingerprint != then.model.fingerprint:
+        apart.append(f"other weights of {then.model.name}")
+    if now.model.dtype != then.model.dtype:
+        apart.append(f"dtype {then.model.dtype}, not {now.model.dtype}")
+    if now.sites != then.sites:
+        apart.append(f"{len(then.sites)} sites, not these {len(now.sites)}")
+    here, there = now.choices.model_dump(mode="json"), then.choices.model_dump(mode="json")
+    apart += [
+        f"{name}={there[name]}, not {here[name]}" for name in here if here[name] != there[name]
+    ]
+    return apart

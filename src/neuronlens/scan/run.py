@@ -20,7 +20,6 @@ from neuronlens.adapters import ModelAdapter, SiteSelection
 from neuronlens.atlas import (
     Atlas,
     Choices,
-    Manifest,
     ModelInfo,
     Session,
     Shard,
@@ -29,7 +28,7 @@ from neuronlens.atlas import (
 )
 from neuronlens.errors import AtlasError, DataError, OutputError
 from neuronlens.neurons import NeuronSite
-from neuronlens.scan.checkpoint import Progress, Saved, Workplace
+from neuronlens.scan.checkpoint import Progress, Saved, Workplace, differences
 from neuronlens.scan.feed import Encoder, Feed, default_workers
 from neuronlens.scan.finish import Part, parts_of, put_together, reasons
 from neuronlens.scan.interrupt import listening
@@ -262,7 +261,7 @@ class _Run:
         except AtlasError:
             require_free(self.out)
             return False
-        apart = _apart(self.progress, found)
+        apart = differences(self.progress, found)
         if found.shard != self.kept_as:
             apart.append(f"shard {found.shard or 'none'}, not {self.kept_as or 'none'}")
         if not apart:
@@ -285,7 +284,7 @@ class _Run:
 
     def _restore(self, saved: Saved) -> None:
         before = saved.progress
-        apart = _apart(self.progress, before)
+        apart = differences(self.progress, before)
         if apart:
             raise OutputError(
                 f"{self.root} holds an unfinished scan that is another one: {'; '.join(apart)}. "
@@ -454,22 +453,6 @@ class _Run:
         _log.info("%s", summary)
         if self.shows:
             tqdm.write(f"scan: {summary}", file=sys.stderr)
-
-
-def _apart(now: Progress, then: Progress | Manifest) -> list[str]:
-    """In what two scans differ, for people."""
-    apart = []
-    if now.model.fingerprint != then.model.fingerprint:
-        apart.append(f"other weights of {then.model.name}")
-    if now.model.dtype != then.model.dtype:
-        apart.append(f"dtype {then.model.dtype}, not {now.model.dtype}")
-    if now.sites != then.sites:
-        apart.append(f"{len(then.sites)} sites, not these {len(now.sites)}")
-    here, there = now.choices.model_dump(mode="json"), then.choices.model_dump(mode="json")
-    apart += [
-        f"{name}={there[name]}, not {here[name]}" for name in here if here[name] != there[name]
-    ]
-    return apart
 
 
 def _length(samples: Iterable[Any]) -> int | None:
