@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ class Feed:
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Encoded]:
-        batches = iter(self._batches())
+        batches = self._batches()
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -174,13 +175,17 @@ class Feed:
                 return
             yield batch
 
-    def _batches(self) -> Iterable[Encoded | _Failed]:
+    def _batches(self) -> Iterator[Encoded | _Failed]:
+        plan = iter(self._plan)
+        # The first batch is not left to workers: what an adapter establishes once, they inherit.
+        for planned in islice(plan, 1 if self._workers else None):
+            yield self._encoder[planned]
         if self._workers == 0:
-            return (self._encoder[planned] for planned in self._plan)
-        return DataLoader(
+            return
+        yield from DataLoader(
             _InWorker(self._encoder),
             batch_size=None,
-            sampler=self._plan,
+            sampler=plan,
             num_workers=self._workers,
             collate_fn=_as_it_is,
             worker_init_fn=_begin,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,8 @@ def scan(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; it must be 0 or more.")
+    if workers and "fork" not in get_all_start_methods():
+        raise ValueError("Workers are forked, which this system cannot. Give workers=0.")
     if state not in ("layer", "cpu"):
         raise ValueError(f"No place {state!r} for the state. Give 'layer' or 'cpu'.")
     roles = tuple(sorted({_text_role(each) for each in text_roles}))
