@@ -247,6 +247,24 @@ class Atlas:
             return []
         return [Session.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
 
+    def summary(self) -> str:
+        """How the scan went, in a sentence: samples, time, rate, what was skipped."""
+        manifest, runs = self.manifest, self.runs
+        said = f"{manifest.samples:,} samples"
+        if runs:
+            by_rank = Counter[int]()
+            for run in runs:
+                by_rank[run.shard.index] += round(run.seconds * 1000)
+            seconds, ran = max(by_rank.values()) / 1000, sum(run.seconds for run in runs)
+            rate = manifest.samples / max(seconds, 1e-3)
+            said += f" in {_duration(seconds)} ({rate:,.1f} a second)"
+        if manifest.skipped:
+            said += f"; {len(manifest.skipped)} skipped: {manifest.reasons()}"
+        if runs and ran:
+            waited, saving = (sum(getattr(r, n) for r in runs) / ran for n in ("waited", "saving"))
+            said += f"; {waited:.0%} of the time waiting for data, {saving:.0%} for checkpoints"
+        return said
+
     def sample(self, position: int) -> Sample:
         """A scanned sample, found again through its files.
 
@@ -338,18 +356,24 @@ class Atlas:
         modules = Counter[str]()
         for site in manifest.sites:
             modules[site.module] += site.neurons
-        skips = Counter(each.reason for each in manifest.skipped)
         rows = [
             (
                 "model",
                 f"{manifest.model.name} ({manifest.model.model_type}, {manifest.model.dtype})",
             ),
             ("neurons", ", ".join(f"{module} {count:,}" for module, count in modules.items())),
-            ("samples", f"{manifest.samples:,}"),
+            ("samples", self.summary()),
             *([("shard", str(manifest.shard))] if manifest.shard else []),
-            ("skipped", ", ".join(f"{n} {reason}" for reason, n in skips.items()) or "none"),
+            ("skipped", manifest.reasons() or "none"),
             ("domains", ", ".join(domain or "(none)" for domain in manifest.domains)),
             ("top samples", f"{choices.n} per neuron, by {choices.rank}"),
             ("text tokens", ", ".join(role.name.lower() for role in choices.text_roles)),
         ]
         return table(["atlas", str(self.path)], rows)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.1f} s"
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -131,6 +132,11 @@ class Manifest(BaseModel):
     shard: Shard | None
     versions: dict[str, str]
     files: dict[str, FileInfo]
+
+    def reasons(self) -> str:
+        """How many samples were skipped for what; empty if none was."""
+        counts = Counter(each.reason for each in self.skipped)
+        return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
 class SampleRecord(SampleRow):

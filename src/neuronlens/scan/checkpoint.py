@@ -28,6 +28,7 @@ from neuronlens.atlas import (
     check_files,
     described,
     durable,
+    flush_names,
     locked,
     read_records,
     site_file,
@@ -223,6 +224,7 @@ class Workplace:
             with durable(working / _PROGRESS) as file:
                 file.write(progress.model_dump_json() + "\n")
             working.rename(folder)
+            flush_names(self.folder)
         except OSError as error:
             shutil.rmtree(working, ignore_errors=True)
             kept = f"The last one is intact: {before[-1]}." if before else "There is none before."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import merge
@@ -12,9 +11,7 @@ from pathlib import Path
 import torch
 
 from neuronlens.atlas import (
-    Manifest,
     SampleRecord,
-    Session,
     Shard,
     Skipped,
     put_in_place,
@@ -61,11 +58,8 @@ def parts_of(root: Path, own: Progress) -> list[Part]:
     return parts
 
 
-def put_together(root: Path, out: Path, parts: Sequence[Part], shard: Shard | None) -> str:
+def put_together(root: Path, out: Path, parts: Sequence[Part], shard: Shard | None) -> None:
     """Write the atlas beside the checkpoints, and put it where it belongs.
-
-    Returns:
-        How the scan went, in a sentence.
 
     Raises:
         SkippedError: If no sample could be used, in a scan that is whole.
@@ -82,7 +76,7 @@ def put_together(root: Path, out: Path, parts: Sequence[Part], shard: Shard | No
     sessions = [each for part in parts for each in part.progress.sessions]
     try:
         working.mkdir()
-        manifest = _write(working, parts, skipped, shard)
+        _write(working, parts, skipped, shard)
         write_sessions(working, sessions)
     except OSError as error:
         raise OutputError(
@@ -90,18 +84,17 @@ def put_together(root: Path, out: Path, parts: Sequence[Part], shard: Shard | No
             "scan again: it goes on from its last checkpoint."
         ) from error
     put_in_place(working, out)
-    return _summary(manifest, sessions)
 
 
 def _write(
     folder: Path, parts: Sequence[Part], skipped: Iterable[Skipped], shard: Shard | None
-) -> Manifest:
+) -> None:
     first = parts[0].progress
 
     def position(record: SampleRecord) -> int:
         return record.position
 
-    return write(
+    write(
         folder,
         model=first.model,
         choices=first.choices,
@@ -126,32 +119,3 @@ def _joined(parts: Sequence[Part], site: NeuronSite) -> SiteStatistics:
     for other in found[1:]:
         found[0].merge(other)
     return found[0]
-
-
-def reasons(skipped: Iterable[Skipped]) -> str:
-    """How many samples were skipped for what."""
-    counts = Counter(each.reason for each in skipped)
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
-
-
-def _summary(manifest: Manifest, sessions: Sequence[Session]) -> str:
-    by_rank = Counter[int]()
-    for each in sessions:
-        by_rank[each.shard.index] += round(each.seconds * 1000)
-    seconds = max(by_rank.values()) / 1000
-    ran = max(sum(each.seconds for each in sessions), 1e-9)
-    waited = sum(each.waited for each in sessions) / ran
-    saving = sum(each.saving for each in sessions) / ran
-    said = f"{manifest.samples:,} samples in {_duration(seconds)}"
-    if seconds:
-        said += f" ({manifest.samples / seconds:,.1f} a second)"
-    if manifest.skipped:
-        said += f"; {len(manifest.skipped)} skipped: {reasons(manifest.skipped)}"
-    return f"{said}; {waited:.0%} of the time waiting for data, {saving:.0%} writing checkpoints"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 2:
-        return f"{seconds:.1f} s"
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

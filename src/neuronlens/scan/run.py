@@ -31,7 +31,7 @@ from neuronlens.errors import AtlasError, DataError, OutputError
 from neuronlens.neurons import NeuronSite
 from neuronlens.scan.checkpoint import Progress, Saved, Workplace, differences
 from neuronlens.scan.feed import Encoder, Feed, default_workers
-from neuronlens.scan.finish import Part, parts_of, put_together, reasons
+from neuronlens.scan.finish import Part, parts_of, put_together
 from neuronlens.scan.interrupt import listening
 from neuronlens.scan.plan import Plan, Planned
 from neuronlens.scan.ranks import Ranks, ranks
@@ -170,7 +170,7 @@ def scan(
     if skipped and mine.is_first:
         total = len(skipped) + atlas.manifest.samples
         warnings.warn(
-            f"{len(skipped)} of {total} samples were skipped: {reasons(skipped)}. "
+            f"{len(skipped)} of {total} samples were skipped: {atlas.manifest.reasons()}. "
             "They are named in atlas.manifest.skipped.",
             stacklevel=2,
         )
@@ -452,7 +452,8 @@ class _Run:
             parts = parts_of(self.root, self.progress)
         else:
             parts = [Part(self.place, self._now(), self.state.statistics)]
-        summary = put_together(self.root, self.out, parts, self.kept_as)
+        put_together(self.root, self.out, parts, self.kept_as)
+        summary = Atlas.open(self.out).summary()
         _log.info("%s", summary)
         if self.shows:
             tqdm.write(f"scan: {summary}", file=sys.stderr)
