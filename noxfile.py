@@ -1,4 +1,4 @@
-"""Sessions: demo, tests, oldest, lint, types, docs, models_page, examples, train_testbed.
+"""Sessions: demo, tests, oldest, lint, types, docs, models_page, bench, examples, train_testbed.
 
 Needs nox with uv: pip install 'nox[uv]'.
 """
@@ -17,7 +17,7 @@ nox.options.error_on_missing_interpreters = True
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
     *("pytest", "pytest-xdist", "hypothesis", "scipy"),
-    *("accelerate", "bitsandbytes", "scikit-image", "scikit-learn", "pandas", "timm"),
+    *("accelerate", "bitsandbytes", "datasets", "scikit-image", "scikit-learn", "timm"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]
 # One thread is the fastest for models this small; several on a busy machine wait for each other.
@@ -84,6 +84,16 @@ def models_page(session: nox.Session) -> None:
     """The page of supported models, written anew from the models of tests/zoo (under a minute)."""
     session.install("-e", ".", *MODEL, "timm")
     session.run("python", "docs/generate_models.py", env=SMALL)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The page of benchmarks, measured anew (about 20 minutes on 2 idle cores), also on a GPU.
+
+    `--quick` tries whether it works, `--only NAMES` measures a part, `--json` keeps numbers.
+    """
+    session.install("-e", ".[report,table]", *MODEL, "scikit-image")
+    session.run("python", "docs/generate_benchmarks.py", *session.posargs)
 
 
 @nox.session

@@ -3,25 +3,31 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import handmade
 import neuronlens as nl
-from handmade import open_atlas, statistics
+from handmade import open_atlas, statistics, token_map
+from neuronlens import atlas as atlases
 from neuronlens import testbed
-from neuronlens.atlas import FORMAT, new_folder
+from neuronlens.activations import Routed
+from neuronlens.atlas import FORMAT, Shard, new_folder
 from neuronlens.errors import (
     AtlasError,
+    MissingExtraError,
     NeuronLensError,
     OutputError,
     SampleError,
     UnknownNameError,
 )
 from neuronlens.neurons import NeuronId
-from neuronlens.running import COUNTED, FIXED_POINT
+from neuronlens.running import COUNTED, FIXED_POINT, Layout, SiteStatistics, reduce
 from neuronlens.tokens import Role
 
 
@@ -42,6 +48,53 @@ def movable(vlm, tmp_path) -> nl.Atlas:
     """An atlas of files that may be broken."""
     samples = nl.read_samples(testbed.write(tmp_path / "scenes", 3, seed=12))
     return nl.scan(vlm, samples, out=tmp_path / "atlas", sites="vision.0", n=3)
+
+
+@pytest.fixture(scope="module")
+def small(vlm, scenes, tmp_path_factory) -> nl.Atlas:
+    """Three sites, and fewer samples than a list has room for."""
+    out = tmp_path_factory.mktemp("small") / "atlas"
+    return nl.scan(vlm, scenes[:3], out=out, sites=["vision.0", "language.0", "language.1"], n=4)
+
+
+@pytest.fixture
+def routed(tmp_path) -> nl.Atlas:
+    """A block of three experts of two neurons each, the last of which never ran; a dense one."""
+    tokens, nan = token_map("vvvvrrp"), math.nan
+    experts = torch.tensor([0, 0, 0, 1, 1, -1, 0])[:, None]
+    first = torch.tensor([1.0, -1.0, 2.0, 5.0, -3.0, nan, 4.0])
+    values = torch.stack([first, first * 2], 1)[:, None]
+    layout = Layout.of(tokens, 1, (Role.RESPONSE,), torch.device("cpu"))
+    made = {}
+    for name, activation, count in (
+        ("language.0", Routed(values, experts, 3), 3),
+        ("language.1", values[:, 0].nan_to_num(7.0), 0),
+    ):
+        one = SiteStatistics(2 * max(1, count), 2, 2, 1, torch.float32, count)
+        one.update(reduce(activation, layout, 2, 1), [0], ["s0"], [""], torch.tensor([True]))
+        made[name] = one
+    picture = Image.new("RGB", (1, 1))
+    with new_folder(tmp_path / "routed") as working:
+        atlases.write(
+            working,
+            model=atlases.ModelInfo(name="made", model_type="x", fingerprint="f", dtype="float32"),
+            choices=atlases.Choices(
+                n=2,
+                keep_visual=2,
+                keep_text=1,
+                text_roles=(Role.RESPONSE,),
+                template=True,
+                batch_size=1,
+                window=1,
+            ),
+            sites=[handmade.site("language.0", 2, experts=3), handmade.site("language.1", 2)],
+            statistics=made,
+            samples=[atlases.SampleRecord.of(nl.Sample("s0", (picture,), "asked", "said"), 0)],
+            skipped=[],
+            versions={},
+            positions=1,
+        )
+    return nl.Atlas.open(tmp_path / "routed")
 
 
 # Opening.
@@ -166,6 +219,59 @@ def test_a_neuron_is_its_rows_of_the_site(atlas):
                     assert one.firing_rate[role] == pytest.approx(rate, rel=1e-6)
 
 
+def test_a_routed_neuron_has_both_denominators(routed):
+    visual, text, prompt, special = Role.VISUAL, Role.RESPONSE, Role.PROMPT, Role.SPECIAL
+    one = routed.neuron(NeuronId("language.0", 0, expert=0))  # ran on three of four patches
+    assert (one.maximum[visual], one.firing_rate[visual]) == (2.0, 2 / 4)
+    assert (one.routed_share[visual], one.mean[visual]) == (3 / 4, pytest.approx(2 / 3, abs=1e-15))
+    assert (one.routed_share[text], one.firing_rate[text]) == (0.0, 0.0)
+    assert math.isnan(one.mean[text])
+    assert one.maximum[text] == -math.inf
+    assert (one.routed_share[prompt], one.mean[prompt], one.maximum[prompt]) == (1.0, 4.0, 4.0)
+    assert math.isnan(one.routed_share[special])
+    assert one.visual.tolist() == [[2.0, 1.0]]
+    assert one.text.tolist() == [[-math.inf]]
+
+    other = routed.neuron(NeuronId("language.0", 1, expert=1))
+    assert (other.maximum[visual], other.maximum[text]) == (10.0, -6.0)
+    assert (other.routed_share[visual], other.routed_share[text]) == (1 / 4, 1 / 2)
+    assert (other.firing_rate[visual], other.firing_rate[text]) == (1 / 4, 0.0)
+    assert (other.mean[visual], other.mean[text]) == (10.0, -6.0)
+    assert other.value.tolist() == [10.0]
+
+    never = routed.neuron(NeuronId("language.0", 0, expert=2))
+    assert (len(never.positions), len(never.value)) == (0, 0)
+    assert (never.routed_share[visual], never.firing_rate[visual]) == (0.0, 0.0)
+    assert math.isnan(never.mean[visual])
+    assert "best none" in repr(never)
+
+    dense = routed.neuron(NeuronId("language.1", 0))
+    assert [dense.routed_share[role] for role in (prompt, text, visual)] == [1.0] * 3
+    assert dense.mean[text] == 2.0
+
+
+def test_a_neuron_of_a_routed_block_needs_its_expert(routed):
+    with pytest.raises(UnknownNameError, match=r"expert in language.0 .*0 to 2"):
+        routed.neuron(NeuronId("language.0", 0))
+    with pytest.raises(UnknownNameError, match=r"expert in language.1 '0'.*dense"):
+        routed.neuron(NeuronId("language.1", 0, expert=0))
+
+
+def test_an_atlas_knows_how_its_scan_went(atlas, copied):
+    (run,) = atlas.runs
+    assert (run.samples, run.device, run.workers) == (24, "cpu", 0)
+    assert run.shard == Shard(index=0, count=1)
+    assert run.seconds > 0
+    assert 0 <= run.waited <= run.seconds
+    # It is no part of the result: without it nothing is missing.
+    assert not any("runs" in name for name in atlas.manifest.files)
+    (copied.path / "runs.jsonl").unlink()
+    left = nl.Atlas.open(copied.path)
+    left.verify()
+    assert left.runs == []
+    assert "24 samples" in left._repr_html_()
+
+
 def test_top_samples_are_in_falling_order_without_repetition(atlas):
     one = atlas.neuron(NeuronId("language.1", 5))
     assert len(one.positions) == 20
@@ -199,6 +305,202 @@ def test_an_atlas_shows_itself_with_hostile_names_escaped(atlas, tmp_path):
     made = open_atlas(tmp_path / "a", one, domain=hostile)
     assert "<script>" not in made._repr_html_()
     assert "&lt;script&gt;" in made._repr_html_()
+
+
+# Tables.
+
+
+def rows_of(table) -> list[dict]:
+    return table.to_pylist() if hasattr(table, "to_pylist") else table.to_dict("records")
+
+
+def named(atlas: nl.Atlas, neuron: NeuronId) -> dict:
+    its = atlas.site(neuron.site)
+    name = {"site": its.name, "module": its.module, "layer": its.layer}
+    if any(each.experts for each in atlas.sites.values()):
+        name["expert"] = -1 if neuron.expert is None else neuron.expert
+    return name | {"index": neuron.index}
+
+
+def present(values: Iterable[float]) -> list[float]:
+    """As a table says it: NaN for -inf, which stands for nothing at all."""
+    return [math.nan if value == -math.inf else value for value in values]
+
+
+def of_neuron(atlas: nl.Atlas, neuron: NeuronId) -> dict:
+    one = atlas.neuron(neuron)
+    row = named(atlas, neuron) | {"samples": len(one.positions)}
+    (row["maximum"],) = present([max(one.maximum[role] for role in atlas.eligible)])
+    for role in COUNTED:
+        (row[f"maximum_{role.name.lower()}"],) = present([one.maximum[role]])
+        row[f"mean_{role.name.lower()}"] = one.mean[role]
+        row[f"firing_rate_{role.name.lower()}"] = one.firing_rate[role]
+        if "expert" in row:
+            row[f"routed_share_{role.name.lower()}"] = one.routed_share[role]
+    return row
+
+
+def of_samples(atlas: nl.Atlas, neuron: NeuronId) -> list[dict]:
+    one, rows = atlas.neuron(neuron), []
+    for rank, position in enumerate(one.positions.tolist()):
+        row = named(atlas, neuron) | {"rank": rank + 1, "position": position}
+        row |= {"sample": atlas.samples[position].id, "value": one.value[rank].item()}
+        for side, kept in (("visual", one.visual), ("text", one.text)):
+            for place, value in enumerate(present(kept[rank].tolist()), 1):
+                row[f"{side}_{place}"] = value
+        rows.append(row)
+    return rows
+
+
+def assert_rows(table, expected: list[dict]) -> None:
+    found = rows_of(table)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert list(one) == list(other)
+        for name in one:
+            assert one[name] == other[name] or (
+                one[name] != one[name] and other[name] != other[name]
+            )
+
+
+def every(atlas: nl.Atlas, *names: str) -> list[NeuronId]:
+    return [NeuronId(name, index) for name in names for index in range(atlas.site(name).width)]
+
+
+MANY = [NeuronId("language.1", 5 * i % 384) for i in range(100)]
+
+SELECTIONS = {
+    "everything": lambda a: (None, every(a, *a.sites)),
+    "a module": lambda a: ("language", every(a, "language.0", "language.1")),
+    "the name of a site": lambda a: ("vision.0", every(a, "vision.0")),
+    "a site": lambda a: (a.site("language.1"), every(a, "language.1")),
+    "a neuron": lambda a: (NeuronId("vision.0", 3), [NeuronId("vision.0", 3)]),
+    "how one is written": lambda a: ("language.1/383", [NeuronId("language.1", 383)]),
+    "several": lambda a: (
+        ["language.1/3", NeuronId("vision.0", 5), "language.1/0"],
+        [NeuronId("vision.0", 5), NeuronId("language.1", 3), NeuronId("language.1", 0)],
+    ),
+    "one of them twice": lambda a: (["vision.0/1", "vision.0/1"], [NeuronId("vision.0", 1)]),
+    "a neuron before and after its site": lambda a: (
+        ["language.0/9", "language.0", NeuronId("language.0", 2), "vision.0/0"],
+        [NeuronId("vision.0", 0), *every(a, "language.0")],
+    ),
+    "a generator": lambda a: (
+        (f"vision.0/{i}" for i in (2, 1)),
+        [NeuronId("vision.0", 2), NeuronId("vision.0", 1)],
+    ),
+    "many neurons": lambda a: (MANY, MANY),
+    "few neurons": lambda a: (MANY[:64], MANY[:64]),
+    "none": lambda a: ([], []),
+}
+
+
+@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
+@pytest.mark.parametrize("which", SELECTIONS)
+def test_a_table_has_the_numbers_of_each_selected_neuron(small, which, library):
+    selection, neurons = SELECTIONS[which](small)
+    table = small.table(selection, library=library)
+    assert type(table).__module__.partition(".")[0] == library
+    assert_rows(table, [of_neuron(small, neuron) for neuron in neurons])
+
+
+@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
+@pytest.mark.parametrize("which", [each for each in SELECTIONS if each != "everything"])
+def test_a_table_of_samples_has_each_ones_kept_activations(small, which, library):
+    selection, neurons = SELECTIONS[which](small)
+    expected = [row for neuron in neurons for row in of_samples(small, neuron)]
+    assert len(expected) == 3 * len(neurons)
+    assert_rows(small.table(selection, per="sample", library=library), expected)
+
+
+@pytest.mark.parametrize("per", ["neuron", "sample"])
+def test_a_table_of_nothing_has_the_columns_of_one(small, per):
+    for library in ("pandas", "pyarrow"):
+        whole, none = (small.table(some, per=per, library=library) for some in ("vision.0", []))
+        names = [
+            list(table.columns if library == "pandas" else table.column_names)
+            for table in (whole, none)
+        ]
+        assert names[0] == names[1]
+        assert len(none) == 0
+
+
+@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
+def test_a_table_of_routed_blocks_has_experts_and_what_was_sent_to_them(routed, library):
+    neurons = [
+        *[NeuronId("language.0", i, expert=e) for e in range(3) for i in range(2)],
+        *[NeuronId("language.1", i) for i in range(2)],
+    ]
+    expected = [of_neuron(routed, neuron) for neuron in neurons]
+    assert_rows(routed.table(library=library), expected)
+    assert_rows(routed.table(["language.0/e1/1", neurons[7]], library=library), expected[3::4])
+    samples = [row for neuron in neurons for row in of_samples(routed, neuron)]
+    assert len(samples) == 6  # the last expert has none
+    assert_rows(routed.table(per="sample", library=library), samples)
+
+
+def test_a_table_of_the_dense_blocks_of_a_routed_atlas_has_no_experts(routed):
+    columns = set(routed.table("language.1").columns)
+    assert not {name for name in columns if name == "expert" or "routed" in name}
+    assert columns | {"expert"} < set(routed.table().columns)
+
+
+def test_a_table_says_nan_for_what_never_occurred_and_sums_in_double_precision(tmp_path):
+    made = statistics([{0: ([1.0], [])}, {}], dtype=torch.bfloat16)
+    place = COUNTED.index(Role.VISUAL)
+    made.roles.total[place, 0] = 2**40 + 1
+    made.firing.tokens[""][0, place] = 3
+    made.firing.fired[""][0, place] = torch.tensor([2, 1])
+    atlas = open_atlas(tmp_path / "a", {"language.0": made})
+    one, other = rows_of(atlas.table())
+    assert (one["mean_visual"], one["firing_rate_visual"]) == ((2**40 + 1) / FIXED_POINT / 3, 2 / 3)
+    assert (one["maximum"], one["maximum_visual"], one["samples"]) == (1.0, 1.0, 1)
+    assert (other["mean_visual"], other["samples"]) == (0.0, 0)
+    assert all(math.isnan(row["maximum_response"]) for row in (one, other))
+    assert math.isnan(other["maximum"])
+    assert math.isnan(one["mean_response"])
+    (row,) = rows_of(atlas.table(per="sample"))
+    assert (row["visual_1"], row["value"]) == (1.0, 1.0)
+    assert math.isnan(row["visual_2"])
+    assert math.isnan(row["text_1"])
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ("qformer", r"site in this atlas 'qformer'.*language.0"),
+        ("language.9", r"site in this atlas 'language.9'.*language.0"),
+        (["vision.0", NeuronId("language.9", 0)], r"site in this atlas 'language.9'"),
+        ("language.0/384", r"neuron in language.0 '384'.*0 to 383"),
+        (["language.0", "language.0/384"], r"neuron in language.0 '384'"),
+        ("language.0/e1/3", r"expert in language.0 '1'.*dense"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("per", ["neuron", "sample"])
+def test_a_table_of_what_was_not_scanned_is_refused(small, selection, said, per):
+    with pytest.raises(UnknownNameError, match=said):
+        small.table(selection, per=per)
+
+
+def test_a_text_that_names_no_neuron_is_refused(small):
+    with pytest.raises(ValueError, match=r"'language.0/x' names no neuron. Write 'site/index'"):
+        small.table("language.0/x")
+
+
+def test_an_unknown_kind_of_table_is_refused_with_the_known_ones(small):
+    with pytest.raises(UnknownNameError, match=r"library of tables 'polars'.*pandas.*pyarrow"):
+        small.table(library="polars")
+    with pytest.raises(ValueError, match=r"No table per 'layer'.*'neuron' or 'sample'"):
+        small.table(per="layer")
+
+
+@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
+@pytest.mark.parametrize("per", ["neuron", "sample"])
+def test_a_table_without_its_library_says_which_extra_brings_it(small, monkeypatch, library, per):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingExtraError, match=rf"'{library}'.*pip install '\.\[table\]'"):
+        small.table("vision.0", per=per, library=library)
 
 
 # Finding samples again.

@@ -349,7 +349,8 @@ class ModelAdapter(ABC):
         if "use_cache" in accepted or takes_all:
             extra["use_cache"] = False
         if not logits and "logits_to_keep" in accepted:
-            extra["logits_to_keep"] = 1
+            # No number: given one, Gemma 4 leaves tokens out of its last layers.
+            extra["logits_to_keep"] = slice(-1, None)
         return self.model(**inputs, **extra)
 
     def require_eval(self) -> None:

@@ -303,7 +303,9 @@ class Atlas:
         if per not in ("neuron", "sample"):
             raise ValueError(f"No table per {per!r}. Tables have a row per 'neuron' or 'sample'.")
         make = made_by(library)
-        return make((per_neuron if per == "neuron" else per_sample)(self, self.rows(neurons)))
+        # A table of nothing still has its columns.
+        rows = self.rows(neurons) or {next(iter(self.sites)): []}
+        return make((per_neuron if per == "neuron" else per_sample)(self, rows))
 
     def rows(self, neurons: Selection = None) -> dict[str, list[int] | None]:
         """By site, the rows of the selected neurons; None for all of them.

@@ -182,23 +182,30 @@ def locked(path: Path) -> Iterator[None]:
         OutputError: If another run holds it; names its process and machine.
     """
     path = path.resolve()
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    if path in _held:
+        # Not even opened: a process loses its locks on a file that it closes anywhere.
+        raise _is_taken(path, me)
     file = path.open("a+")
     with file:
-        if path in _held or not _take(file) or not _is_there(file, path):
+        if not _take(file) or not _is_there(file, path):
             file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise OutputError(
-                f"{path.parent} is being written by another run ({owner}). Wait for it, stop it, "
-                "or choose another folder."
-            )
+            raise _is_taken(path, file.read().strip() or "unknown")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(me)
         file.flush()
         _held.add(path)
         try:
             yield
         finally:
             _held.discard(path)
+
+
+def _is_taken(path: Path, owner: str) -> OutputError:
+    return OutputError(
+        f"{path.parent} is being written by another run ({owner}). Wait for it, stop it, or choose "
+        "another folder."
+    )
 
 
 def _take(file: IO[str]) -> bool:

@@ -15,16 +15,20 @@ from torch import Tensor
 
 from neuronlens.atlas.atlas import Atlas
 from neuronlens.atlas.folder import new_folder
-from neuronlens.atlas.manifest import Choices, Part, SampleRecord, Skipped
+from neuronlens.atlas.manifest import Choices, Part, SampleRecord, Shard, Skipped
 from neuronlens.atlas.write import TABLE, read_records, write
 from neuronlens.errors import AtlasError, DataError
 from neuronlens.neurons import NeuronSite
 from neuronlens.running import ABSENT, SiteStatistics
 
+_AND = " and "
+"""Between the versions of a library, where several were used."""
+
 
 def merge(atlases: Sequence[Atlas], out: str | Path) -> None:
     """Write the atlas of all of them; see `Atlas.merge`."""
-    if len(atlases) < 2:
+    whole = Shard(index=0, count=1)  # an array of one job
+    if len(atlases) < 2 and [atlas.manifest.shard for atlas in atlases] != [whole]:
         raise AtlasError(f"{len(atlases)} atlases were given; merging takes two or more.")
     choices = _agreed(atlases)
     moved = _shards(atlases) or _side_by_side(atlases)
@@ -33,7 +37,8 @@ def merge(atlases: Sequence[Atlas], out: str | Path) -> None:
     with new_folder(out) as folder:
         write(
             folder,
-            model=first.model,
+            # One model may go by several names; which one is said must not follow from the order.
+            model=min((a.manifest.model for a in atlases), key=lambda each: each.model_dump_json()),
             choices=choices,
             sites=first.sites,
             statistics=lambda site: _merged(atlases, site, moved.places),
@@ -183,15 +188,15 @@ def _merged(
     atlases: Sequence[Atlas], site: NeuronSite, places: Sequence[Int[Tensor, " position"]]
 ) -> SiteStatistics:
     merged: SiteStatistics | None = None
-    for atlas, place in zip(atlases, places, strict=True):
-        if merged is not None and atlas.manifest.samples == 0:
-            continue  # a shard without a batch of its own
+    every = list(zip(atlases, places, strict=True))
+    # A shard without a batch of its own has nothing to add.
+    for atlas, place in [each for each in every if each[0].manifest.samples] or every[:1]:
         with atlas.read(site.name) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         ids = state["top.ids"].long()
         state["top.ids"] = torch.where(ids == ABSENT, ABSENT, place[ids.clamp(min=0)]).int()
         own = SiteStatistics.from_state_dict(state, atlas.manifest.domains)
-        if merged is None or int(merged.top.ids.max()) == ABSENT:
+        if merged is None:
             merged = own
         else:
             merged.merge(own)
@@ -216,8 +221,8 @@ def _skipped(
 
 def _versions(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The version of each library; all of them where several were used."""
-    names = dict.fromkeys(name for each in several for name in each)
-    return {
-        name: " and ".join(sorted({each[name] for each in several if name in each}))
-        for name in names
-    }
+    found: dict[str, set[str]] = {}
+    for each in several:
+        for name, said in each.items():
+            found.setdefault(name, set()).update(said.split(_AND))
+    return {name: _AND.join(sorted(numbers)) for name, numbers in found.items()}

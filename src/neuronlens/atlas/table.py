@@ -61,7 +61,7 @@ def per_neuron(atlas: Atlas, rows: Rows) -> Columns:
             ids = _read(file, "top.ids", chosen)
             tokens = file.get_tensor("tokens").sum((0, 1)).double()
             routed = file.get_tensor("routed").sum((1, 2)).double()
-        at = torch.arange(site.neurons) if chosen is None else torch.tensor(chosen)
+        at = _rows(site, chosen)
         ran = routed[at // site.width] if site.experts else tokens.expand(len(at), -1)
         largest = maximum.double()
         columns = _named(site, at) | {
@@ -71,7 +71,8 @@ def per_neuron(atlas: Atlas, rows: Rows) -> Columns:
         for place, role in enumerate(COUNTED):
             of_role = role.name.lower()
             columns[f"maximum_{of_role}"] = _absent(largest[:, place])
-            columns[f"mean_{of_role}"] = (total[:, place] / FIXED_POINT / ran[:, place]).numpy()
+            mean = total[:, place].double() / FIXED_POINT / ran[:, place]
+            columns[f"mean_{of_role}"] = mean.numpy()
             columns[f"firing_rate_{of_role}"] = (fired[:, place] / tokens[place]).numpy()
             columns[f"routed_share_{of_role}"] = (ran[:, place] / tokens[place]).numpy()
         parts.append(columns)
@@ -86,7 +87,7 @@ def per_sample(atlas: Atlas, rows: Rows) -> Columns:
         site = atlas.site(name)
         with atlas.read(name) as file:
             ids, visual, text = (_read(file, f"top.{n}", chosen) for n in ("ids", "visual", "text"))
-        at = torch.arange(site.neurons) if chosen is None else torch.tensor(chosen)
+        at = _rows(site, chosen)
         neuron, rank = (ids != ABSENT).nonzero(as_tuple=True)
         positions = ids[neuron, rank].numpy()
         seen, said = visual[neuron, rank].double(), text[neuron, rank].double()
@@ -110,7 +111,12 @@ def _read(file: Any, name: str, rows: Sequence[int] | None) -> Tensor:
         whole = file.get_tensor(name)
         return whole if rows is None else whole[list(rows)]
     part = file.get_slice(name)
-    return torch.stack([part[row] for row in rows])
+    return torch.stack([part[row] for row in rows]) if rows else part[:0]
+
+
+def _rows(site: NeuronSite, chosen: Sequence[int] | None) -> Tensor:
+    """The chosen rows of a site; all of them for None."""
+    return torch.arange(site.neurons) if chosen is None else torch.tensor(chosen, dtype=torch.long)
 
 
 def _named(site: NeuronSite, at: Tensor) -> Columns:

@@ -80,13 +80,10 @@ class Layout:
         cls, tokens: TokenMap, samples: int, text_roles: Sequence[Role], device: torch.device
     ) -> Layout:
         """The layout of a batch of `samples` samples."""
-        return cls(
-            samples,
-            tuple(text_roles),
-            tokens.role.flatten().cpu().long(),
-            tokens.sample.flatten().cpu().long(),
-            device,
-        )
+        role, sample = (each.flatten().cpu().long() for each in (tokens.role, tokens.sample))
+        # Room for images that a sample does not have is padding of no sample: -1.
+        role = role.masked_fill(sample < 0, int(Role.PAD))
+        return cls(samples, tuple(text_roles), role, sample.clamp(min=0), device)
 
     @cached_property
     def _positions(self) -> tuple[dict[Role, Int[Tensor, " token"]], ...]:
@@ -163,7 +160,7 @@ class Layout:
         return Padded(
             self._sent(index),
             self._sent(missing) if bool(missing.any()) else None,
-            (first, step) if torch.equal(even, index) else None,
+            (first, step) if step >= 0 and torch.equal(even, index) else None,
         )
 
     def _sent(self, made: Tensor) -> Tensor:

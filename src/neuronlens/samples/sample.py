@@ -102,7 +102,8 @@ class Sample:
             except FileNotFoundError:
                 raise SampleError(self.id, "missing image", f"there is no file {named}.") from None
             except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:
-                raise SampleError(self.id, "corrupt image", f"{named}: {e}.") from e
+                said = str(e).replace(repr(file), named)  # not where in memory the bytes lie
+                raise SampleError(self.id, "corrupt image", f"{named}: {said}.") from e
         return opened
 
     def concepts(self) -> frozenset[str]:

@@ -184,9 +184,19 @@ class Workplace:
         return None
 
     def append(self, records: Iterable[SampleRecord]) -> None:
-        """Add records to the table; they count once a checkpoint says so."""
-        with self.table.open("a", encoding="utf-8") as file:
-            file.writelines(record.model_dump_json() + "\n" for record in records)
+        """Add records to the table; they count once a checkpoint says so.
+
+        Raises:
+            OutputError: If the disk is full, or cannot be written.
+        """
+        try:
+            with self.table.open("a", encoding="utf-8") as file:
+                file.writelines(record.model_dump_json() + "\n" for record in records)
+        except OSError as error:
+            raise OutputError(
+                f"{self.table} could not be written: {error}. Free some space and run the same "
+                "scan again: it goes on from its last checkpoint."
+            ) from error
 
     def save(
         self,
@@ -245,7 +255,7 @@ class Workplace:
 
 
 def _read(path: Path) -> Progress:
-    return Progress.model_validate_json(path.read_text(encoding="utf-8"))
+    return Progress.model_validate_json(path.read_bytes())
 
 
 def differences(now: Progress, then: Progress | Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Choices, SampleRecord, Skipped
-from neuronlens.errors import SampleError
+from neuronlens.errors import AdapterError, SampleError
 from neuronlens.samples import Batch, Prepared, Sample, collate, prepare
 from neuronlens.scan.plan import Planned
 from neuronlens.tokens import Role, TokenMap
@@ -94,6 +95,11 @@ class Encoder(Dataset[Encoded]):
                 # What its processor cannot do (an image of one pixel) is one sample's fault, unless
                 # it is everybody's.
                 refused = [each.sample.id for each in ready if self._refuses(each)]
+                if not refused and len(ready) > 1:
+                    raise AdapterError(
+                        f"The processor takes these {len(ready)} samples one by one, but not "
+                        f"together ({type(error).__name__}: {error}). Scan with batch_size=1."
+                    ) from error
                 if not refused or (len(refused) == len(ready) and planned.is_first):
                     raise
                 for each in refused:
@@ -195,12 +201,20 @@ class Feed:
         )
 
 
+_DIE_WITH_PARENT = 1
+"""Linux' PR_SET_PDEATHSIG."""
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
 def _begin(_worker: int) -> None:
     """Signals are the main process' business; it ends its workers, also when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A job's end is told to all its processes; without workers there is no checkpoint.
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        # Else a worker whose batches nobody fetches any more waits for ever at its full pipe.
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

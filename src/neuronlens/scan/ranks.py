@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def ranks(shard: Shard | None) -> Iterator[Ranks]:
         return
     mine = not dist.is_initialized() and _is_launched()
     if mine:
-        dist.init_process_group("gloo")
+        _begin()
     try:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             yield Ranks(WHOLE, _go_on, True)
@@ -60,6 +61,23 @@ def ranks(shard: Shard | None) -> Iterator[Ranks]:
     finally:
         if mine:
             dist.destroy_process_group()
+
+
+_begun = count()
+
+
+def _begin() -> None:
+    """Set up a group whose names in the common store no other group has had.
+
+    The store outlives a group, also that of ranks that were started again; a rank that finds
+    the address of one that has ended calls in vain.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"neuronlens/{again}/{next(_begun)}", store)
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
 
 
 def _go_on() -> None:

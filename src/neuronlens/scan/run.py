@@ -392,8 +392,10 @@ class _Run:
         waiting = {position for position, _ in newest.placed} if newest else set()
         records = self.state.records
         done = [record for record in records if record.position not in waiting]
-        self.state.records = [record for record in records if record.position in waiting]
+        self.state.is_whole = False  # until the end: a table that was cut short is not to be saved
         self.place.append(sorted(done, key=lambda record: record.position))
+        self.state.records = [record for record in records if record.position in waiting]
+        self.state.is_whole = True
 
     # Checkpoints.
 
