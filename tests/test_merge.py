@@ -431,7 +431,7 @@ def test_shards_that_are_missing_or_given_twice_are_named(scan, scenes, tmp_path
 def test_shards_of_different_scans_are_refused_with_what_each_is(scan, scenes, tmp_path, what):
     first = scan("first", scenes[:6], **BATCHED, shard=(0, 2))
     if what == "a whole scan":
-        other, named = scan("other", scenes[6:8], **BATCHED), "whole"
+        other, named = scan("other", scenes[:6], **BATCHED), "whole"
     elif what == "another count":
         other, named = scan("other", scenes[:6], **BATCHED, shard=(1, 3)), "shard 1 of 3"
     elif what == "other samples":

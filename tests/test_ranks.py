@@ -18,6 +18,8 @@ from neuronlens import testbed
 from neuronlens.errors import AtlasError, OutputError
 from programs import rank_scans
 
+pytestmark = pytest.mark.xdist_group("ranks")  # its processes are started once
+
 HERE = {"sites": ("vision.1", "language.2"), "n": 4, "batch_size": 3, "window": 6}
 """Ten samples are four batches."""
 

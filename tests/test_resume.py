@@ -35,6 +35,8 @@ from programs.kill_scan import (
     until,
 )
 
+pytestmark = pytest.mark.xdist_group("resume")  # its processes are started once
+
 run = importlib.import_module("neuronlens.scan.run")
 BATCHES = 6
 HERE = {"sites": ("vision.1", "language.2"), "n": 4, "batch_size": 3, "window": 6}

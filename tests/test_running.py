@@ -542,10 +542,11 @@ def test_inserts_updates_and_merges_in_any_turn_are_a_sort(data, n):
     for id, entries in given_:
         how = data.draw(st.sampled_from(["insert", "update", "merge"]))
         if how == "update":
-            visual, text = (torch.full((1, neurons, 2), -math.inf) for _ in range(2))
+            visual, text = (torch.full((2, neurons, 2), -math.inf) for _ in range(2))
             for neuron, kept in entries.items():
                 visual[0, neuron], text[0, neuron] = map(torch.tensor, kept)
-            top.update(torch.tensor([id]), visual, text)
+            visual[1] = 9.0  # of a sample that is skipped
+            top.update(torch.tensor([id, 90]), visual, text, torch.tensor([True, False]))
         elif how == "merge":
             other = TopSamples(neurons, n, 2, 2, torch.float32)
             offered(other, id, entries)
@@ -701,6 +702,20 @@ def test_of_equal_values_the_lower_id_stays_whatever_comes_first(n):
             seen, said = torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), -1.0)
             top.update(torch.tensor([position]), seen, said)
         assert top.ids.tolist() == [list(range(n))]
+
+
+@pytest.mark.parametrize("how", ["insert", "update"])
+def test_values_that_differ_only_in_double_precision_are_not_tied(how):
+    top = TopSamples(1, 2, 1, 1, torch.float64)
+    values = [-1.0, -1 - 2.0**-40, -1 + 2.0**-40]
+    for position, value in enumerate(values):
+        seen, said = (torch.tensor([[each]], dtype=torch.float64) for each in (value, -9.0))
+        if how == "insert":
+            top.insert(position, torch.tensor([0]), seen, said)
+        else:
+            top.update(torch.tensor([position]), seen[None], said[None])
+    assert top.ids.tolist() == [[2, 0]]
+    assert top.value.tolist() == [[values[2], values[0]]]
 
 
 def test_a_negative_maximum_is_a_maximum():

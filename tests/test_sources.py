@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import io
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,23 @@ def test_an_error_in_a_worker_is_the_error_without_workers(vlm, some, tmp_path, 
             nl.scan(vlm, some, out=tmp_path / str(workers), workers=workers, **HERE)
         raised.append((type(error.value), str(error.value)))
     assert raised[0] == raised[1]
+
+
+def test_an_error_that_is_kept_does_not_keep_the_workers(vlm, some, tmp_path, monkeypatch):
+    # They do not heed the end of the program, which would wait for them for ever.
+    calls = count()
+
+    def halt_later(inputs, *, logits=True):
+        if next(calls):  # workers are started behind the first batch
+            assert multiprocessing.active_children()
+            raise ArithmeticError("the power went off")
+        return type(vlm).forward(vlm, inputs, logits=logits)
+
+    monkeypatch.setattr(vlm, "forward", halt_later)
+    with pytest.raises(ArithmeticError) as kept:
+        nl.scan(vlm, some, out=tmp_path / "a", workers=2, **HERE)
+    assert not multiprocessing.active_children()
+    assert kept.tb
 
 
 def test_a_sample_without_eligible_text_is_skipped_by_that_name(vlm, some, tmp_path):

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -169,26 +170,26 @@ class Feed:
         self._plan, self._encoder, self._workers, self._pin = plan, encoder, workers, pin
         self.waited = 0.0
 
-    def __iter__(self) -> Iterator[Encoded]:
-        batches = self._batches()
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            if isinstance(batch, _Failed):
-                batch = self._encoder[batch.planned]
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+    def __iter__(self) -> Generator[Encoded]:
+        with closing(self._batches()) as batches:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches, None)
+                if isinstance(batch, _Failed):
+                    batch = self._encoder[batch.planned]
+                self.waited += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
 
-    def _batches(self) -> Iterator[Encoded | _Failed]:
+    def _batches(self) -> Generator[Encoded | _Failed]:
         plan = iter(self._plan)
         # The first batch is not left to workers: what an adapter establishes once, they inherit.
         for planned in islice(plan, 1 if self._workers else None):
             yield self._encoder[planned]
         if self._workers == 0:
             return
-        yield from DataLoader(
+        loader: DataLoader[Encoded | _Failed] = DataLoader(
             _InWorker(self._encoder),
             batch_size=None,
             sampler=plan,
@@ -199,6 +200,13 @@ class Feed:
             multiprocessing_context="fork",
             pin_memory=self._pin,
         )
+        running: Any = iter(loader)
+        try:
+            yield from running
+        finally:
+            # Not left to the garbage collector: an error that is kept would keep the workers, and
+            # they do not end when the program asks them to.
+            running._shutdown_workers()
 
 
 _DIE_WITH_PARENT = 1

@@ -72,11 +72,12 @@ def _begin() -> None:
     The store outlives a group, also that of ranks that were started again; a rank that finds
     the address of one that has ended calls in vain.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://"))
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = dist.PrefixStore(f"neuronlens/{again}/{next(_begun)}", store)
+    own = PrefixStore(f"neuronlens/{again}/{next(_begun)}", store)
     dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_all_start_methods
@@ -334,9 +335,9 @@ class _Run:
             disable=not self.shows,
             smoothing=0.05,
         )
-        with bar, listening() as asked:
+        with bar, listening() as asked, closing(iter(self.feed)) as batches:
             try:
-                for encoded in self.feed:
+                for encoded in batches:
                     self.state.run(encoded)
                     self._note()
                     bar.update(len(encoded.planned.placed))
