@@ -83,7 +83,7 @@ PARTS = {
         growth.Growth,
         growth.told,
         1,
-        {"samples": 500, "shared": 1000, "rounds": 3},
+        {"samples": 500, "shared": 1000, "rounds": 2},
         {"samples": 16, "shared": 32, "rounds": 1},
     ),
     "reading": Part(

@@ -132,6 +132,7 @@ class Atlas:
         Raises:
             AtlasError: If they are of other models, sites or readings; if shards are missing.
             DataError: If a sample is in two of them.
+            SkippedError: If none of them has a sample.
             OutputError: If `out` holds something, or cannot be written.
         """
         from neuronlens.atlas.merge import merge

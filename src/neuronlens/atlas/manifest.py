@@ -36,6 +36,12 @@ class Choices(BaseModel):
     batch_size: int | None
     window: int | None
 
+    def spelled(self) -> dict[str, object]:
+        """The choices by name, roles by theirs, for people."""
+        return self.model_dump(mode="json") | {
+            "text_roles": "/".join(role.name.lower() for role in self.text_roles)
+        }
+
 
 class ModelInfo(BaseModel):
     """Which model was scanned: where it came from, and a fingerprint of its weights."""

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,7 +16,7 @@ from neuronlens.atlas.atlas import Atlas
 from neuronlens.atlas.folder import new_folder
 from neuronlens.atlas.manifest import Choices, Part, SampleRecord, Shard, Skipped
 from neuronlens.atlas.write import TABLE, read_records, write
-from neuronlens.errors import AtlasError, DataError
+from neuronlens.errors import AtlasError, DataError, SkippedError
 from neuronlens.neurons import NeuronSite
 from neuronlens.running import ABSENT, SiteStatistics
 
@@ -33,6 +32,9 @@ def merge(atlases: Sequence[Atlas], out: str | Path) -> None:
     choices = _agreed(atlases)
     moved = _shards(atlases) or _side_by_side(atlases)
     _require_apart(atlases)
+    if not any(atlas.manifest.samples for atlas in atlases):
+        reasons = "; ".join(each for a in atlases if (each := a.manifest.reasons()))
+        raise SkippedError(f"None of these atlases has a sample: {reasons or 'none was given'}.")
     first = atlases[0].manifest
     with new_folder(out) as folder:
         write(
@@ -85,8 +87,8 @@ def _agreed(atlases: Sequence[Atlas]) -> Choices:
                 "model": a.manifest.model.fingerprint,
                 "dtype": a.manifest.model.dtype,
                 "sites": ", ".join(a.sites),
-                "widths": [(site.width, site.experts) for site in a.sites.values()],
-                **a.choices.model_dump(exclude=set(dealt)),
+                "neurons": [(site.width, site.experts) for site in a.sites.values()],
+                **{name: each for name, each in a.choices.spelled().items() if name not in dealt},
             }
             for a in (first, other)
         )
@@ -133,7 +135,7 @@ def _shards(atlases: Sequence[Atlas]) -> _Moved | None:
         what = f"shards {missing} are missing" if missing else f"shards {twice} were given twice"
         raise AtlasError(
             f"A scan of {known[0].count} shards is whole with each of them once; {what}. "
-            "Run the missing ones, and give all."
+            "Give each once, and run those there are not."
         )
     ((plan, positions),) = parts
     return _Moved([torch.arange(positions)] * len(atlases), (), plan, positions)
@@ -205,9 +207,8 @@ def _merged(
 
 
 def _records(atlas: Atlas, place: Int[Tensor, " position"]) -> Iterator[SampleRecord]:
-    """In the order of their new positions: the parts of an atlas may lie apart in the new one."""
-    table: list[Any] = list(read_records(atlas.path / TABLE))
-    for record in sorted(table, key=lambda each: int(place[each.position])):
+    """With their new positions, which rise like the old ones: parts keep their order."""
+    for record in read_records(atlas.path / TABLE):
         yield record.model_copy(update={"position": int(place[record.position])})
 
 

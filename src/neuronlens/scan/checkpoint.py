@@ -267,7 +267,7 @@ def differences(now: Progress, then: Progress | Manifest) -> list[str]:
         apart.append(f"dtype {then.model.dtype}, not {now.model.dtype}")
     if now.sites != then.sites:
         apart.append(f"{len(then.sites)} sites, not these {len(now.sites)}")
-    here, there = now.choices.model_dump(mode="json"), then.choices.model_dump(mode="json")
+    here, there = now.choices.spelled(), then.choices.spelled()
     apart += [
         f"{name}={there[name]}, not {here[name]}" for name in here if here[name] != there[name]
     ]
