@@ -117,6 +117,9 @@ def test_a_shard_goes_on_like_any_scan(vlm, some, shards, tmp_path):
         assert "samples had been scanned and are kept in" in error.value.__notes__[0]
         with pytest.raises(OutputError, match="another number of processes"):
             nl.scan(vlm, some, out=out, **HERE)
+        # Whichever ended first would take the other's work away.
+        with pytest.raises(OutputError, match=r"another shard \(part-0-of-2\).*folder of its own"):
+            nl.scan(vlm, some, out=out, shard=(1, 2), **HERE)
         assert len(calls) == 2
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "1 of .* were skipped")
@@ -143,7 +146,7 @@ def test_what_another_number_of_processes_left_is_not_gone_on_with(vlm, some, wh
             nl.scan(vlm, some, out=out, shard=(0, 2), **HERE)
     finally:
         handle.remove()
-    said = r"another number of processes \(part-0-of-2\). Run with that number again.*resume=False"
+    said = r"another number of processes.*\(part-0-of-2\). Run with that number.*resume=False"
     with pytest.raises(OutputError, match=said):
         nl.scan(vlm, some, out=out, **HERE)
     with pytest.warns(UserWarning, match="1 of 10"):

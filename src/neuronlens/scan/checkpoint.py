@@ -132,10 +132,14 @@ class Workplace:
                     if self.root.exists() and not any(self.root.iterdir()):
                         self.root.rmdir()
 
-    def others(self) -> list[Path]:
-        """Folders that another number of shards left."""
+    def others(self, alone: bool) -> list[Path]:
+        """Folders of shards that are not of this scan: any other one, if this process is alone."""
         ending = f"-of-{self._shard.count}"
-        return [each for each in sorted(self.root.glob("part-*")) if not each.name.endswith(ending)]
+        return [
+            each
+            for each in sorted(self.root.glob("part-*"))
+            if each != self.folder and (alone or not each.name.endswith(ending))
+        ]
 
     @property
     def table(self) -> Path:

@@ -25,6 +25,7 @@ from neuronlens.atlas import (
     ModelInfo,
     Session,
     Shard,
+    locked,
     require_free,
     require_space,
 )
@@ -231,17 +232,18 @@ class _Run:
                 shutil.rmtree(self.root, ignore_errors=True)
         else:
             with self.place.taken():
-                others = self.place.others()
+                others = self.place.others(self._is_alone)
                 if others and resume:
                     raise OutputError(
-                        f"{self.root} holds the unfinished work of another number of processes "
-                        f"({others[0].name}). Run with that number again, or discard it with "
-                        "resume=False."
+                        f"{self.root} holds the unfinished work of another number of processes, or "
+                        f"of another shard ({others[0].name}). Run with that number again, give "
+                        "each shard a folder of its own, or discard it with resume=False."
                     )
                 if not resume:
                     self.place.clear()
                     for other in others if self.ranks.is_first else ():
-                        shutil.rmtree(other, ignore_errors=True)
+                        with locked(other / "lock"):
+                            shutil.rmtree(other, ignore_errors=True)
                 self._scan(samples, self.place.restore())
                 self.ranks.meet()
                 if self.ranks.is_first:
@@ -251,6 +253,11 @@ class _Run:
                 shutil.rmtree(self.root, ignore_errors=True)
         self.ranks.meet()
         return Atlas.open(self.out)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no other rank has a part in the atlas."""
+        return self.kept_as is not None or self.ranks.shard.count == 1
 
     # Before.
 
@@ -353,7 +360,7 @@ class _Run:
         self._note()
         self._write_records(None)
         self.progress.plan, self.progress.positions = plan.chain, plan.positions
-        if self.ranks.shard.count > 1 and self.kept_as is None:
+        if not self._is_alone:
             self._save()  # for the first rank, which puts the atlas together
 
     def _remaining(self, plan: Plan) -> Iterator[Planned]:
@@ -443,18 +450,21 @@ class _Run:
         except Exception as second:  # noqa: BLE001 - the first error is the one to raise
             error.add_note(f"What had been scanned since the last checkpoint is lost: {second}")
         else:
-            error.add_note(
+            kept = (
                 f"{self.state.samples} samples had been scanned and are kept in {self.root}: the "
                 "same scan goes on from there."
             )
+            error.add_note(kept)
+            if isinstance(error, SystemExit):  # of which Python prints no notes
+                _log.warning("%s", kept)
 
     # After.
 
     def _put_together(self) -> None:
-        if self.ranks.shard.count > 1 and self.kept_as is None:
-            parts = parts_of(self.root, self.progress)
-        else:
+        if self._is_alone:
             parts = [Part(self.place, self._now(), self.state.statistics)]
+        else:
+            parts = parts_of(self.root, self.progress)
         put_together(self.root, self.out, parts, self.kept_as)
         summary = Atlas.open(self.out).summary()
         _log.info("%s", summary)
