@@ -20,7 +20,6 @@ class ScanSize:
         neurons: How many neurons are scanned.
         state: Bytes of running statistics, in memory.
         atlas: Bytes of the atlas, without its table of samples.
-        disk: Bytes on the disk while it runs: two checkpoints, of which one is being written.
     """
 
     neurons: int
@@ -29,7 +28,7 @@ class ScanSize:
 
     @property
     def disk(self) -> int:
-        """Bytes on the disk while it runs."""
+        """Bytes on the disk while it runs: two checkpoints, of which one is being written."""
         return 2 * self.atlas
 
     def __str__(self) -> str:
