@@ -184,7 +184,7 @@ print(json.dumps([seconds, loaded, neuronlens.__file__]))
 
 def test_importing_is_quick_and_loads_nothing_heavy():
     best = float("inf")
-    for _ in range(3):  # processor time, best of three: the machine may be busy
+    for _ in range(5):  # processor time, best of five: the machine may be busy
         ran = subprocess.run(
             [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
         )
