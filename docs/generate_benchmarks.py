@@ -73,7 +73,7 @@ PARTS = {
         alternatives.Alternatives,
         alternatives.told,
         2,
-        {"samples": 24, "n": 10},
+        {"samples": 16, "n": 6},
         {"samples": 2, "n": 1},
     ),
     "memory": Part(
