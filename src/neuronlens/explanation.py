@@ -17,6 +17,8 @@ class Explanation(BaseModel):
         predicts: Whether it fires on the token before the words rather than on them.
         ties: Other concepts that fit the exemplars exactly as well, from which this one was
             chosen by name.
+        confidence: What the explaining model says of its own certainty, from 0 to 1.
+        asked: Key of the request that was answered, in the study's replies.
         explainer: What made the explanation.
     """
 
@@ -27,6 +29,8 @@ class Explanation(BaseModel):
     words: tuple[str, ...] = ()
     predicts: bool = False
     ties: tuple[str, ...] = ()
+    confidence: float | None = Field(default=None, ge=0, le=1)
+    asked: str | None = None
     explainer: str = ""
 
 

@@ -1,48 +1,16 @@
-"""Predicting a neuron's activations from its explanation alone."""
+"""Visual tokens simulated from where a segmenter finds the explanation's phrases."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
 
-from neuronlens.explanation import Explanation, Failure
-from neuronlens.samples import Sample
+from neuronlens.explanation import Failure
 from neuronlens.segment import Segmenter
-from neuronlens.tokens import TEXT_ROLES, Role, TokenMap
-
-
-@dataclass(frozen=True, eq=False)
-class SimulationJob:
-    """An explanation, and the tokens to predict activations for: no place for true ones."""
-
-    explanation: Explanation
-    sample: Sample
-    tokens: TokenMap
-
-
-@dataclass(frozen=True, eq=False)
-class Simulation:
-    """Predicted activations, NaN at tokens the simulator says nothing about.
-
-    Correlations ignore their scale.
-    """
-
-    values: Float[np.ndarray, " token"]
-
-
-class Simulator(Protocol):
-    """Predicts activations from explanations."""
-
-    def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
-        """Predict one activation per token of each job, in the order of the jobs.
-
-        What could not be simulated comes back as a `Failure`, never as zeros.
-        """
-        ...
+from neuronlens.simulate.simulator import Simulation, SimulationJob
+from neuronlens.tokens import Role
 
 
 @dataclass(frozen=True)
@@ -88,20 +56,3 @@ class MaskSimulator:
         if not self.soft:
             cover = np.where(np.isnan(cover), np.nan, (cover >= 0.5).astype(float))
         return Simulation(cover)
-
-
-@dataclass(frozen=True)
-class WordSimulator:
-    """Text tokens: active where the explanation's words stand, or right before them."""
-
-    def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
-        """Predict text tokens."""
-        return [self._one(job) for job in jobs]
-
-    def _one(self, job: SimulationJob) -> Simulation | Failure:
-        if not job.explanation.words:
-            return Failure("the explanation has no words to look for")
-        shift = -1 if job.explanation.predicts else 0
-        values = job.tokens.words(job.explanation.words, shift).numpy().astype(float)
-        values[~job.tokens.is_role(*TEXT_ROLES).numpy()] = np.nan
-        return Simulation(values)

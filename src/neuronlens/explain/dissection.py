@@ -1,4 +1,4 @@
-"""Saying what a neuron finds, from the exemplars set aside for that."""
+"""Naming, without an LLM, the known concept that predicts a neuron best."""
 
 from __future__ import annotations
 
@@ -6,37 +6,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
 from neuronlens.classify import Category
 from neuronlens.exemplars import Exemplar
+from neuronlens.explain.explainer import ExplanationJob, Modality, modalities
 from neuronlens.explanation import Explanation, Failure
-from neuronlens.neurons import NeuronId
 from neuronlens.score import correlation
 from neuronlens.segment import AnnotationSegmenter, Segmenter
 
 Prediction = Float[np.ndarray, " token"]
 _Predictions = dict[tuple[int, int, str, str], Prediction]
-
-
-@dataclass(frozen=True, eq=False)
-class ExplanationJob:
-    """A neuron, its category, and the exemplars to explain it from: no held-out ones."""
-
-    neuron: NeuronId
-    category: Category
-    exemplars: tuple[Exemplar, ...]
-
-
-class Explainer(Protocol):
-    """Says what neurons find."""
-
-    def explain(self, jobs: Sequence[ExplanationJob]) -> list[Explanation | Failure]:
-        """Explain each job's neuron, in the order of the jobs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -56,26 +38,6 @@ class Match:
     visual: float
     text: float
     predicts: bool
-
-
-Modality = Literal["visual", "text"]
-
-
-def modalities(category: Category, exemplars: Sequence[Exemplar]) -> tuple[Modality, ...]:
-    """On which tokens a neuron is explained and scored: those of its category.
-
-    For an unknown neuron, those that its stream has; visual tokens count if they see a region.
-    """
-    if category == "visual" or category == "text":
-        return (category,)
-    if category == "multimodal":
-        return ("visual", "text")
-    present: list[Modality] = []
-    if any(each.regions.any() for each in exemplars):
-        present.append("visual")
-    if any(each.text.any() for each in exemplars):
-        present.append("text")
-    return tuple(present)
 
 
 class DissectionExplainer:
