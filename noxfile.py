@@ -16,7 +16,7 @@ nox.options.error_on_missing_interpreters = True
 # torch and torchvision come from one registry: the CPU build of torch breaks torchvision.
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
-    *("pytest", "pytest-xdist", "hypothesis", "scipy"),
+    *("pytest", "pytest-xdist", "hypothesis", "sam2", "fastapi", "uvicorn", "rich"),
     *("accelerate", "bitsandbytes", "datasets", "scikit-image", "scikit-learn", "timm"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]
@@ -35,7 +35,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The whole suite, with lint, types, docs and examples: one environment serves them all."""
-    session.install("-e", ".[report,table]", *MODEL, *TESTS, "ruff", "mypy", *DOCS)
+    session.install("-e", ".[chat,report,table]", *MODEL, *TESTS, "ruff", "mypy", *DOCS)
     if session.posargs:
         session.run("pytest", *session.posargs, env=SMALL)
         return
@@ -54,7 +54,7 @@ def oldest(session: nox.Session) -> None:
     needed = next(each for each in project["dependencies"] if each.startswith("transformers"))
     release = needed.split(">=")[1].split(",")[0]
     packages = [each for each in MODEL if each != "transformers"]
-    session.install("-e", ".[report,table]", *packages, f"transformers=={release}.0", *TESTS)
+    session.install("-e", ".[chat,report,table]", *packages, f"transformers=={release}.0", *TESTS)
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env=SMALL)
 
 
@@ -68,14 +68,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types of the library (mypy, strict)."""
-    session.install("-e", ".[report,table]", *MODEL, "mypy")
+    session.install("-e", ".[chat,report,table]", *MODEL, "mypy")
     _types(session)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation; warnings are errors."""
-    session.install("-e", ".[report,table]", *MODEL, *DOCS)
+    session.install("-e", ".[chat,report,table]", *MODEL, *DOCS)
     _docs(session)
 
 
@@ -92,14 +92,14 @@ def bench(session: nox.Session) -> None:
 
     `--quick` tries whether it works, `--only NAMES` measures a part, `--json` keeps numbers.
     """
-    session.install("-e", ".[report,table]", *MODEL, "scikit-image")
+    session.install("-e", ".[chat,report,table]", *MODEL, "scikit-image")
     session.run("python", "docs/generate_benchmarks.py", *session.posargs)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every script and notebook in examples/, executed on the testbed."""
-    session.install("-e", ".[report,table]", *MODEL, *DOCS)
+    session.install("-e", ".[chat,report,table]", *MODEL, *DOCS)
     _examples(session)
 
 

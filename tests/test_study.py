@@ -95,13 +95,13 @@ def noted(failing: str = "") -> dict[str, Noting]:
     }
 
 
-def held_out(record: NeuronRecord):
-    return [each for each in record.exemplars if each.use == "held_out"]
+def held_out(study: Study, record: NeuronRecord):
+    return [each for each in study.exemplars(record.id) if each.use == "held_out"]
 
 
 def ids(study: Study, record: NeuronRecord) -> list[str]:
     """The held-out samples of a neuron."""
-    return [study.samples[each.position, record.stream].sample.id for each in held_out(record)]
+    return [study.samples[each.position, record.stream].sample.id for each in held_out(study, record)]
 
 
 # What is recorded.
@@ -127,10 +127,10 @@ def test_a_record_is_of_its_neuron(study, atlas, kinds, neurons):
         assert record.maximum == atlas.maximum(neuron)
         top = atlas.neuron(neuron).positions.tolist()
         for use, ranks in (("explain", EXPLAIN_RANKS), ("held_out", HELD_OUT_RANKS)):
-            mine = [each for each in record.exemplars if each.use == use]
+            mine = [each for each in study.exemplars(record.id) if each.use == use]
             assert [each.rank for each in mine] == list(ranks)
             assert [each.position for each in mine] == [top[rank - 1] for rank in ranks]
-        assert not any(each.simulated for each in record.exemplars if each.use == "explain")
+        assert not any(each.simulated for each in study.exemplars(record.id) if each.use == "explain")
         assert (record.explanation is None) == (record.failure is not None)
 
 
@@ -138,7 +138,7 @@ def test_recorded_activations_are_those_of_the_exemplars(study, vlm, atlas, neur
     found = nl.exemplars(vlm, atlas, neurons)
     for neuron, record in study.items():
         for kept, each in zip(
-            record.exemplars, (*found[neuron].explain, *found[neuron].held_out), strict=True
+            study.exemplars(record.id), (*found[neuron].explain, *found[neuron].held_out), strict=True
         ):
             np.testing.assert_allclose(kept.true, each.activation, rtol=1e-4, atol=1e-6)
             tokens = study.samples[kept.position, record.stream]
@@ -150,7 +150,7 @@ def test_recorded_activations_are_those_of_the_exemplars(study, vlm, atlas, neur
 def modality(study, record, role) -> ModalityScore | None:
     """The score from what the record holds, with numpy."""
     pairs = []
-    for each in held_out(record):
+    for each in held_out(study, record):
         at = np.array(study.samples[each.position, record.stream].role) == role
         said = np.array([np.nan if v is None else v for v in each.simulated], float)
         pairs.append((np.array(each.true)[at & ~np.isnan(said)], said[at & ~np.isnan(said)]))
@@ -193,7 +193,7 @@ def test_scores_follow_from_the_recorded_true_and_simulated_activations(study):
 
 def test_only_held_out_tokens_of_the_modality_are_simulated(study):
     for record in study.values():
-        for each in held_out(record) if record.score else []:
+        for each in held_out(study, record) if record.score else []:
             roles = study.samples[each.position, record.stream].role
             simulated = {r for r, v in zip(roles, each.simulated, strict=True) if v is not None}
             wanted = {"visual": {Role.VISUAL}, "text": {Role.RESPONSE}}
@@ -221,7 +221,7 @@ def test_an_explainer_sees_no_held_out_sample(vlm, atlas, kinds, neurons, sampli
         record = study[job.neuron]
         assert job.category == kinds.of(job.neuron)
         assert len(job.exemplars) == 5
-        hidden = {each.position for each in held_out(record)}
+        hidden = {each.position for each in held_out(study, record)}
         assert not hidden & {each.position for each in job.exemplars}
         ranks = [each.rank for each in job.exemplars]
         assert ranks == ([None] * 5 if sampling == "random" else list(EXPLAIN_RANKS))
@@ -322,7 +322,7 @@ def test_what_could_not_be_simulated_fails_its_neuron_only_and_says_why(
             assert record.score is None
             assert "text simulation: told to fail" in record.failure
             assert record.explanation == study[neuron].explanation
-            assert not any(each.simulated for each in record.exemplars)
+            assert not any(each.simulated for each in partly.exemplars(record.id))
             failed += 1
         else:
             assert record.score == study[neuron].score
@@ -339,7 +339,7 @@ def test_what_could_not_be_explained_is_not_simulated_and_says_why(vlm, atlas, k
     record = study[lost]
     assert (record.explanation, record.score, record.null) == (None, None, [])
     assert record.failure == "told to fail"
-    assert len(record.exemplars) == 10
+    assert len(study.exemplars(record.id)) == 10
     said = {job.explanation.sentence for each in simulators.values() for job in each.jobs}
     assert said == {str(neuron) for neuron in neurons if neuron != lost}
     assert all(each.failure is None for n, each in study.items() if n != lost)
@@ -369,7 +369,7 @@ def test_a_neuron_of_a_stream_without_text_is_scored_on_what_it_has(bed, scenes,
     for neuron, record in study.items():
         assert record.failure is None
         assert record.score is not None
-        tokens = study.samples[record.exemplars[0].position, record.stream]
+        tokens = study.samples[study.exemplars(record.id)[0].position, record.stream]
         if neuron.site == "vision.2":
             assert (record.stream, len(tokens.role), tokens.pieces) == ("vision", 65, None)
             assert tokens.box[0] is None  # CLS sees no single region
@@ -468,7 +468,6 @@ def made(neuron, category="visual", score=None, null=(), **more) -> NeuronRecord
         score=score,
         null=list(null),
         failure=more.pop("failure", None),
-        exemplars=[],
     )
 
 

@@ -15,24 +15,31 @@ from neuronlens.atlas import Atlas
 from neuronlens.classify import Classification, NeuronClassifier
 from neuronlens.errors import NeuronLensError
 from neuronlens.exemplars import Exemplar, exemplars, look
-from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob
+from neuronlens.explain import (
+    ChatExplainer,
+    DissectionExplainer,
+    Explainer,
+    ExplanationJob,
+)
 from neuronlens.explanation import Explanation, Failure
 from neuronlens.intervene import deactivate
 from neuronlens.neurons import NeuronId, NeuronSite
 from neuronlens.recorder import ActivationRecorder, Sink, record
 from neuronlens.report import Control, report
-from neuronlens.samples import Annotation, Sample, encode, read_samples
+from neuronlens.samples import Annotation, Sample, annotate, encode, read_samples
 from neuronlens.scan import ScanSize, scan, scan_size
 from neuronlens.score import Score
 from neuronlens.segment import AnnotationSegmenter, Segmenter
 from neuronlens.simulate import (
+    ChatSimulator,
+    ExpectedValueSimulator,
     MaskSimulator,
     Simulation,
     SimulationJob,
     Simulator,
     WordSimulator,
 )
-from neuronlens.study import Study, explain_neurons
+from neuronlens.study import Study, estimate_study, explain_neurons
 from neuronlens.tokens import Role, TokenMap
 
 __all__ = [
@@ -40,10 +47,13 @@ __all__ = [
     "Annotation",
     "AnnotationSegmenter",
     "Atlas",
+    "ChatExplainer",
+    "ChatSimulator",
     "Classification",
     "Control",
     "DissectionExplainer",
     "Exemplar",
+    "ExpectedValueSimulator",
     "Explainer",
     "Explanation",
     "ExplanationJob",
@@ -68,8 +78,10 @@ __all__ = [
     "TokenMap",
     "WordSimulator",
     "adapt",
+    "annotate",
     "deactivate",
     "encode",
+    "estimate_study",
     "exemplars",
     "explain_neurons",
     "look",
@@ -81,7 +93,7 @@ __all__ = [
     "scan_size",
 ]
 
-_NAMESPACES = ("adapters", "testbed", "testing")
+_NAMESPACES = ("adapters", "chat", "segment", "testbed", "testing")
 
 
 def __getattr__(name: str) -> _ModuleType:

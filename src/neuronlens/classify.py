@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -326,6 +326,32 @@ class Classification:
             drawn = np.random.default_rng(seed).choice(len(found), n, replace=False)
             found = [found[i] for i in sorted(drawn)]
         return found
+
+    def pick(
+        self,
+        categories: Sequence[Category] = ("visual", "text", "multimodal"),
+        *,
+        p: float = 0.8,
+        n: int = 800,
+        seed: int = 0,
+        module: Module | None = "language",
+    ) -> list[NeuronId]:
+        """High-confidence neurons of several categories, to be explained.
+
+        Args:
+            categories: Which; by default all that say what to look at.
+            p: Least probability of the category.
+            n: Most neurons of each category, drawn at random.
+            seed: Of the draws.
+            module: Only neurons of this module; None for all.
+
+        Source: P1, section 4.6: 800 of each category above 0.8.
+        """
+        return [
+            neuron
+            for category in categories
+            for neuron in self.select(category, p=p, n=n, seed=seed, module=module)
+        ]
 
     def table(self, module: Module | None = None) -> pd.DataFrame:
         """One row per neuron: probabilities, category, margin, tie, silence.

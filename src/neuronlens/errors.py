@@ -70,6 +70,14 @@ class RescanError(NeuronLensError, ValueError):
     """A reading was asked for that the scan did not keep the numbers for."""
 
 
+class ChatError(NeuronLensError, RuntimeError):
+    """A chat model cannot be asked at all: no key, no server, or a request it always refuses."""
+
+
+class BudgetError(NeuronLensError, RuntimeError):
+    """The next request could cost more than the budget allows; everything answered is kept."""
+
+
 class MissingExtraError(NeuronLensError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

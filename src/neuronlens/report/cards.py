@@ -46,8 +46,9 @@ def card(
 ) -> Card:
     """The card of one neuron of a study."""
     stream = record.stream
-    held_out = [each for each in record.exemplars if each.use == "held_out"][:scenes]
-    explain = [each for each in record.exemplars if each.use == "explain"]
+    exemplars = study.exemplars(record.id)
+    held_out = [each for each in exemplars if each.use == "held_out"][:scenes]
+    explain = [each for each in exemplars if each.use == "explain"]
     shown = []
     if record.category != "text":
         for each in explain:

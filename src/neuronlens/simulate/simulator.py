@@ -7,20 +7,33 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from neuronlens.explanation import Explanation, Failure
 from neuronlens.samples import Sample
-from neuronlens.tokens import TokenMap
+from neuronlens.tokens import TEXT_ROLES, Role, TokenMap
 
 
 @dataclass(frozen=True, eq=False)
 class SimulationJob:
-    """An explanation, and the tokens to predict activations for: no place for true ones."""
+    """An explanation, and the tokens to predict activations for: no place for true ones.
+
+    Attributes:
+        explanation: What the neuron is said to find.
+        sample: What was shown to the model.
+        tokens: What each token is, on the stream of the neuron's site.
+        text_roles: Roles of the text tokens that count.
+    """
 
     explanation: Explanation
     sample: Sample
     tokens: TokenMap
+    text_roles: tuple[Role, ...] = TEXT_ROLES
+
+    @property
+    def text(self) -> Bool[np.ndarray, " token"]:
+        """True at the text tokens that count."""
+        return np.asarray(self.tokens.is_role(*self.text_roles).numpy())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,28 +1,18 @@
-"""What a study found out: records of neurons, and all of them together."""
+"""What a study records of each neuron, of each sample, and of itself."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from neuronlens.atlas import SampleRecord, new_folder
-from neuronlens.classify import CATEGORIES, Category
-from neuronlens.errors import DataError, MissingExtraError, UnknownNameError
+from neuronlens.atlas import SampleRecord
+from neuronlens.classify import Category
 from neuronlens.explanation import Explanation
 from neuronlens.neurons import NeuronId
-from neuronlens.score import Score, Summary, summarise
+from neuronlens.score import Score
 from neuronlens.show import Html, table
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class TokenRecord(BaseModel):
@@ -44,6 +34,35 @@ class TokenRecord(BaseModel):
     simulated: list[float | None]
 
 
+class Candidate(BaseModel):
+    """One of several explanations of a neuron.
+
+    Attributes:
+        explanation: What it says.
+        score: On the validation exemplars, which are neither explained from nor held out; None
+            if it could not be simulated or its score is undefined.
+    """
+
+    explanation: Explanation
+    score: float | None
+
+
+class Said(BaseModel):
+    """What was said of one neuron: an explanation, or why there is none."""
+
+    neuron: str
+    explanation: Explanation | None
+    failure: str | None = None
+    candidates: list[Candidate] = []
+
+
+class Traces(BaseModel):
+    """A neuron's activations on its exemplars."""
+
+    neuron: str
+    exemplars: list[TokenRecord]
+
+
 class NeuronRecord(BaseModel):
     """Everything a study found out about one neuron.
 
@@ -57,7 +76,9 @@ class NeuronRecord(BaseModel):
         score: On the held-out exemplars; None if it could not be simulated.
         null: Scores, on the same exemplars, of other neurons' explanations.
         failure: Why there is no explanation or no score.
-        exemplars: Activations on each exemplar.
+        asked: Keys of the requests behind explanation and simulation, in the study's replies.
+        candidates: All explanations it was chosen from, by score on the validation ranks; empty
+            if there was one only.
     """
 
     neuron: str
@@ -69,7 +90,8 @@ class NeuronRecord(BaseModel):
     score: Score | None
     null: list[float]
     failure: str | None
-    exemplars: list[TokenRecord]
+    asked: list[str] = []
+    candidates: list[Candidate] = []
 
     @property
     def id(self) -> NeuronId:
@@ -92,11 +114,11 @@ class NeuronRecord(BaseModel):
         ]
         if self.score is not None:
             shown.append(
-                ("score beside its null", f"{_text(self.score.value)} / {_text(self.null_mean)}")
+                ("score beside its null", f"{shown_score(self.score)} / {shown_null(self)}")
             )
             for name, side in (("visual", self.score.visual), ("text", self.score.text)):
                 if side is not None:
-                    shown.append((f"r on {name} tokens", side.undefined or _text(side.r)))
+                    shown.append((f"r on {name} tokens", side.undefined or as_text(side.r)))
         return table(["neuron", self.neuron], shown)
 
 
@@ -118,193 +140,48 @@ class StudyManifest(BaseModel):
         model: Fingerprint of the model.
         model_name: Where it was loaded from.
         readings: Of the scan and the classification.
+        neurons: Which neurons, in the order asked for; how many are recorded may be fewer.
         explainer: Class of the explainer.
         simulators: Class of the simulator of each modality.
+        settings: What the explainer's and simulators' answers depend on.
         sampling: How the explaining exemplars were chosen.
         explain: Ranks explained from.
         held_out: Ranks scored on.
+        validate_ranks: Ranks by which one of several explanations is chosen.
+        best_of: How many explanations of each neuron one is chosen from.
         null_draws: Other neurons' explanations per neuron.
         seed: Of all draws.
     """
 
     model: str
     model_name: str
+    neurons: list[str] = []
     readings: dict[str, Any]
     explainer: str
     simulators: dict[str, str]
+    settings: dict[str, dict[str, Any]] = {}
     sampling: str
     explain: tuple[int, ...]
     held_out: tuple[int, ...]
+    validate_ranks: tuple[int, ...] = ()
+    best_of: int = 1
     null_draws: int
     seed: int
 
 
-class Study(Mapping[NeuronId, NeuronRecord]):
-    """Explanations and scores of neurons, each score beside its null.
-
-    Attributes:
-        manifest: What it was made with.
-        records: By neuron.
-        samples: The tokens of every exemplar, by (position, stream).
-    """
-
-    def __init__(
-        self,
-        manifest: StudyManifest,
-        records: Iterable[NeuronRecord],
-        samples: Iterable[SampleTokens],
-    ) -> None:
-        self.manifest = manifest
-        self.records = {record.id: record for record in records}
-        self.samples = {(each.sample.position, each.stream): each for each in samples}
-
-    def __repr__(self) -> str:
-        return (
-            f"Study({len(self)} neurons of {self.manifest.model_name}, {self.manifest.explainer})"
-        )
-
-    def __getitem__(self, neuron: NeuronId) -> NeuronRecord:
-        if neuron not in self.records:
-            raise UnknownNameError("neuron in this study", neuron, self.records)
-        return self.records[neuron]
-
-    def __iter__(self) -> Iterator[NeuronId]:
-        return iter(self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def summary(self) -> dict[Category, Summary]:
-        """Mean score of each category."""
-        return {
-            category: summarise(
-                [
-                    record.score
-                    for record in self.records.values()
-                    if record.category == category and record.score is not None
-                ]
-            )
-            for category in CATEGORIES
-            if any(record.category == category for record in self.records.values())
-        }
-
-    def failures(self) -> dict[str, int]:
-        """How many neurons could not be explained or simulated, by reason."""
-        return dict(Counter(r.failure for r in self.records.values() if r.failure is not None))
-
-    def null(self) -> dict[Category, float]:
-        """Mean null score of each category, over neurons that have one."""
-        means: dict[Category, list[float]] = {}
-        for record in self.records.values():
-            if record.null_mean is not None:
-                means.setdefault(record.category, []).append(record.null_mean)
-        return {category: float(np.mean(values)) for category, values in means.items()}
-
-    def agreeing(self, r: float = 0.5) -> list[NeuronId]:
-        """Neurons whose held-out correlation is at least `r` on every modality that counts."""
-        found = []
-        for neuron, record in self.records.items():
-            score = record.score or Score()
-            sides = [side for side in (score.visual, score.text) if side is not None]
-            if sides and all(side.r is not None and side.r >= r for side in sides):
-                found.append(neuron)
-        return found
-
-    def table(self) -> pd.DataFrame:
-        """One row per neuron: category, explanation, score beside its null.
-
-        Raises:
-            MissingExtraError: If pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise MissingExtraError("pandas", "table", "A data frame") from None
-        return pd.DataFrame([_row(record) for record in self.records.values()])
-
-    def save(self, out: str | Path) -> None:
-        """Write the study to a new folder.
-
-        Raises:
-            OutputError: If the folder exists and is not empty, or cannot be written.
-        """
-        with new_folder(out) as folder:
-            _write_lines(folder / "records.jsonl", self.records.values())
-            _write_lines(folder / "samples.jsonl", self.samples.values())
-            text = self.manifest.model_dump_json(indent=1) + "\n"
-            (folder / "manifest.json").write_text(text, encoding="utf-8")
-
-    @classmethod
-    def open(cls, path: str | Path) -> Study:
-        """Read a study from its folder.
-
-        Raises:
-            DataError: If the folder is no whole study.
-        """
-        path = Path(path)
-        try:
-            manifest = StudyManifest.model_validate_json(
-                (path / "manifest.json").read_text("utf-8")
-            )
-            records = _read_lines(path / "records.jsonl", NeuronRecord)
-            samples = _read_lines(path / "samples.jsonl", SampleTokens)
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is no whole study: {error}") from error
-        return cls(manifest, records, samples)
-
-    def _repr_html_(self) -> Html:
-        rows = []
-        for record in sorted(self.records.values(), key=_falling):
-            row = _row(record)
-            rows.append(
-                [
-                    row["neuron"],
-                    row["category"],
-                    row["explanation"] or row["failure"],
-                    *(_text(row[name]) for name in ("score", "null", "r_visual", "r_text")),
-                ]
-            )
-        means, nulls = self.summary(), self.null()
-        said = "; ".join(
-            f"{category}: mean score {_text(each.mean)} (null {_text(nulls.get(category))}, "
-            f"{each.neurons} neurons, {each.constant_predictions} constant predictions as 0, "
-            f"{each.undefined} undefined)"
-            for category, each in means.items()
-        )
-        head = ["neuron", "category", "explanation", "score", "null", "r visual", "r text"]
-        return table(head, rows[:30], f"{len(rows)} neurons. {said}")
-
-
-def _falling(record: NeuronRecord) -> float:
-    """Sorts the best score first, what has none last."""
-    value = None if record.score is None else record.score.value
-    return 2.0 if value is None else -value
-
-
-def _row(record: NeuronRecord) -> dict[str, Any]:
-    score = record.score or Score()
-    return {
-        "neuron": record.neuron,
-        "category": record.category,
-        "explanation": record.explanation.sentence if record.explanation else None,
-        "score": score.value,
-        "null": record.null_mean,
-        "score_per_sample": score.per_sample,
-        "r_visual": score.visual.r if score.visual else None,
-        "r_text": score.text.r if score.text else None,
-        "failure": record.failure,
-    }
-
-
-def _text(value: float | None) -> str:
+def as_text(value: float | None) -> str:
+    """A number of a table; a dash for none."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _write_lines(path: Path, models: Iterable[BaseModel]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(model.model_dump_json() + "\n" for model in models)
+def shown_score(score: Score) -> str:
+    """A score with its interval over samples."""
+    if score.interval is None:
+        return as_text(score.value)
+    low, high = score.interval
+    return f"{as_text(score.value)} ({low:.2f} to {high:.2f})"
 
 
-def _read_lines(path: Path, kind: type[Model]) -> list[Model]:
-    with path.open(encoding="utf-8") as file:
-        return [kind.model_validate_json(line) for line in file]
+def shown_null(record: NeuronRecord) -> str:
+    """A neuron's mean null; says so if none was drawn."""
+    return as_text(record.null_mean) if record.null else "no null was drawn"

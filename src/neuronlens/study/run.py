@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, Literal
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from neuronlens.adapters import ModelAdapter
-from neuronlens.atlas import Atlas, require_free
+from neuronlens.atlas import Atlas
 from neuronlens.classify import Category, Classification, NeuronClassifier
 from neuronlens.errors import AtlasError
 from neuronlens.exemplars import (
     EXPLAIN_RANKS,
     HELD_OUT_RANKS,
+    VALIDATE_RANKS,
     Exemplar,
+    ExemplarSet,
     NeuronExemplars,
     exemplars,
 )
-from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob, modalities
+from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob
 from neuronlens.explanation import Explanation, Failure
 from neuronlens.neurons import NeuronId
 from neuronlens.samples import Sample
-from neuronlens.score import ModalityScore, Score, modality_score
-from neuronlens.segment import AnnotationSegmenter
-from neuronlens.simulate import MaskSimulator, SimulationJob, Simulator, WordSimulator
+from neuronlens.score import Score
+from neuronlens.simulate import Simulator
+from neuronlens.study.components import Replies, Simulators, described
+from neuronlens.study.each import one_each
+from neuronlens.study.journal import Journal, journal
 from neuronlens.study.records import (
+    Candidate,
     NeuronRecord,
+    Said,
     SampleTokens,
-    Study,
     StudyManifest,
     TokenRecord,
 )
+from neuronlens.study.study import Study
+from neuronlens.study.trials import Outcome, Trial, cancel, run_trials
 
 NULL_DRAWS: Final = 5
 
-Reply = TypeVar("Reply")
+RESAMPLES: Final = 1000
+"""Draws of held-out samples for a score's interval."""
 
 
 def explain_neurons(
     adapter: ModelAdapter,
     atlas: Atlas,
-    neurons: Iterable[NeuronId],
+    neurons: Iterable[NeuronId] | None = None,
     *,
     explainer: Explainer | None = None,
     visual_simulator: Simulator | None = None,
@@ -53,10 +62,15 @@ def explain_neurons(
     sampling: Literal["top", "random"] = "top",
     explain: Sequence[int] = EXPLAIN_RANKS,
     held_out: Sequence[int] = HELD_OUT_RANKS,
+    validate: Sequence[int] = VALIDATE_RANKS,
+    best_of: int = 1,
     samples: Sequence[Sample] | None = None,
     null_draws: int = NULL_DRAWS,
     seed: int = 0,
     batch_size: int = 8,
+    chunk: int = 256,
+    retry_failed: bool = False,
+    progress: bool = False,
 ) -> Study:
     """Explain neurons, simulate them from the explanation alone, and score the simulation.
 
@@ -64,182 +78,303 @@ def explain_neurons(
     and unknown neurons) the mean of both. Beside each score stands its null: the explanations
     of other neurons of the same category, scored on the same exemplars.
 
+    With `out`, everything is written as soon as it is known. A run that was stopped or killed
+    goes on when it is called again with the same arguments; a finished one is opened.
+
     Args:
         adapter: Of the scanned model.
         atlas: The scan.
-        neurons: Which neurons.
+        neurons: Which neurons; by default up to 800 of each category that says what to look at,
+            with a probability of at least 0.8, drawn with `seed` (P1, section 4.6).
         explainer: Says what they find; by default the concept from the samples' annotations
             that fits best.
-        visual_simulator: Predicts visual tokens; by default from the annotations' masks.
-        text_simulator: Predicts text tokens; by default where the explanation's words stand.
+        visual_simulator: Predicts visual tokens. By default, after an explainer that asks a
+            chat model, from Grounding DINO and SAM 2, else from the annotations' masks.
+        text_simulator: Predicts text tokens. By default, after an explainer that asks a chat
+            model, by asking that model, else where the explanation's words stand.
         kinds: The classification; by default with P1's constants.
-        out: Folder to write the study to; None keeps it in memory.
+        out: Folder of the study; None keeps it in memory.
         sampling: Explain from top samples, or from random ones.
         explain: Ranks to explain from.
         held_out: Ranks to score on.
+        validate: Ranks by which the best of several explanations is chosen.
+        best_of: How many explanations of each neuron one is chosen from.
         samples: The scanned samples, if the atlas cannot find them again.
-        null_draws: How many other neurons' explanations to score for the null.
+        null_draws: How many other neurons' explanations to score for the null. Each costs as
+            many simulations as the score itself.
         seed: Of all draws.
         batch_size: Samples per forward.
+        chunk: Neurons that are simulated together, and then written.
+        retry_failed: Whether neurons that failed in an earlier run are tried again.
+        progress: Whether to show bars, with the cost so far.
 
-    Source: P1, sections 3.3 and 4.6.
+    Source: P1, sections 3.3 and 4.6. Choosing the best of several explanations is ours.
 
     Raises:
         AtlasError: If atlas, classification and model do not belong together.
-        OutputError: If `out` holds something, or cannot be written.
+        OutputError: If `out` holds something else, or a study with other settings.
+        ChatError: If a chat model cannot be asked at all; what is done is written.
+        BudgetError: If a chat model's budget is used up; what is done is written.
     """
-    if out is not None:
-        require_free(out)
+    if best_of < 1 or null_draws < 0 or chunk < 1:
+        raise ValueError(
+            f"best_of={best_of}, null_draws={null_draws}, chunk={chunk} were given; they must be "
+            "at least 1, 0 and 1."
+        )
     kinds = kinds or NeuronClassifier().classify(atlas)
     if kinds.model != atlas.manifest.model.fingerprint:
         raise AtlasError(
             "The classification is of another model than the atlas. Classify this atlas: "
             "kinds = NeuronClassifier(...).classify(atlas)."
         )
+    chosen = list(dict.fromkeys(kinds.pick(seed=seed) if neurons is None else neurons))
     explainer = explainer or DissectionExplainer()
-    simulators = {
-        "visual": visual_simulator or MaskSimulator(AnnotationSegmenter()),
-        "text": text_simulator or WordSimulator(),
-    }
-    found = exemplars(
-        adapter,
-        atlas,
-        neurons,
-        explain=explain,
-        held_out=held_out,
-        sampling=sampling,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    category = {neuron: kinds.of(neuron) for neuron in found}
-    questions = [
-        ExplanationJob(neuron, category[neuron], each.explain) for neuron, each in found.items()
-    ]
-    answers = _one_each(explainer, explainer.explain(questions), questions)
-    said = dict(zip(found, answers, strict=True))
-    explained = {n: e for n, e in said.items() if isinstance(e, Explanation)}
-    nulls = _null_explanations(explained, category, null_draws, seed)
-    trials = [(n, e) for n, e in explained.items()] + [(n, e) for n in nulls for e in nulls[n]]
-    results = _score_all([(found[n], category[n], e) for n, e in trials], simulators)
-    own: dict[NeuronId, _Result] = dict(zip(explained, results, strict=False))
-    of_null: dict[NeuronId, list[float]] = {neuron: [] for neuron in found}
-    for (neuron, _), (score, _) in zip(
-        trials[len(explained) :], results[len(explained) :], strict=True
-    ):
-        if isinstance(score, Score) and score.value is not None:
-            of_null[neuron].append(score.value)
-
-    records = []
-    for neuron, each in found.items():
-        answer = said[neuron]
-        score, simulated = own[neuron] if isinstance(answer, Explanation) else (answer, [])
-        records.append(
-            NeuronRecord(
-                neuron=str(neuron),
-                stream=adapter.site(neuron.site).stream,
-                category=category[neuron],
-                probability=kinds.probability(neuron),
-                maximum=each.maximum,
-                explanation=explained.get(neuron),
-                score=score if isinstance(score, Score) else None,
-                null=of_null[neuron],
-                failure=score.reason if isinstance(score, Failure) else None,
-                exemplars=[
-                    *(_token_record(e, "explain", None) for e in each.explain),
-                    *(
-                        _token_record(e, "held_out", simulated[i] if simulated else None)
-                        for i, e in enumerate(each.held_out)
-                    ),
-                ],
-            )
-        )
+    folder = None if out is None else Path(out)
+    simulators = Simulators(explainer, visual_simulator, text_simulator, folder)
     manifest = StudyManifest(
         model=atlas.manifest.model.fingerprint,
         model_name=atlas.manifest.model.name,
+        neurons=[str(neuron) for neuron in chosen],
         readings=kinds.readings,
         explainer=type(explainer).__name__,
-        simulators={name: type(each).__name__ for name, each in simulators.items()},
+        simulators=simulators.names,
+        settings={"explainer": described(explainer), **simulators.settings},
         sampling=sampling,
         explain=tuple(explain),
         held_out=tuple(held_out),
+        validate_ranks=tuple(validate) if best_of > 1 else (),
+        best_of=best_of,
         null_draws=null_draws,
         seed=seed,
     )
-    study = Study(manifest, records, _sample_tokens(adapter, atlas, found.values()))
-    if out is not None:
-        study.save(out)
-    return study
+    with journal(folder, manifest, retry=retry_failed) as kept:
+        replies = Replies([explainer, *simulators.given], folder)
+        left = [neuron for neuron in chosen if neuron not in kept.records]
+        if left:
+            found = exemplars(
+                adapter,
+                atlas,
+                chosen,
+                only=left,
+                explain=explain,
+                held_out=held_out,
+                validate=validate if best_of > 1 else (),
+                contrast=int(getattr(explainer, "contrast", 0)),
+                sampling=sampling,
+                samples=samples,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            run = _Run(
+                adapter,
+                atlas,
+                kinds,
+                explainer,
+                simulators,
+                manifest,
+                kept,
+                found,
+                replies,
+                chunk,
+                progress,
+            )
+            try:
+                run.explain_all(left)
+                run.score_all(left)
+            except BaseException:
+                cancel([explainer, *simulators.given])
+                raise
+        return Study.of(manifest, kept, replies.store)
 
 
-def _null_explanations(
-    explained: Mapping[NeuronId, Explanation],
-    category: Mapping[NeuronId, Category],
-    draws: int,
-    seed: int,
-) -> dict[NeuronId, list[Explanation]]:
-    """For each neuron, explanations of other neurons of its category."""
-    drawn = {}
-    for number, neuron in enumerate(explained):
-        others = [n for n in explained if n != neuron and category[n] == category[neuron]]
-        rng = np.random.default_rng([seed, 1, number])
-        chosen = rng.permutation(len(others))[:draws]
-        drawn[neuron] = [explained[others[i]] for i in chosen]
-    return drawn
+class _Run:
+    """The parts of one call of `explain_neurons`."""
 
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        atlas: Atlas,
+        kinds: Classification,
+        explainer: Explainer,
+        simulators: Simulators,
+        manifest: StudyManifest,
+        kept: Journal,
+        found: ExemplarSet,
+        replies: Replies,
+        chunk: int,
+        progress: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.atlas = atlas
+        self.kinds = kinds
+        self.explainer = explainer
+        self.simulators = simulators
+        self.manifest = manifest
+        self.kept = kept
+        self.found = found
+        self.replies = replies
+        self.chunk = chunk
+        self.progress = progress
 
-_Result = tuple[Score | Failure, list[np.ndarray]]
+    def explain_all(self, neurons: Sequence[NeuronId]) -> None:
+        """Say what each neuron finds that nothing was said of yet."""
+        waiting = [neuron for neuron in neurons if neuron not in self.kept.said]
+        with self._bar("explained", len(waiting)) as bar:
+            for some in _parts(waiting, self.chunk):
+                jobs = [
+                    ExplanationJob(
+                        n, self.kinds.of(n), self.found[n].explain, self.found[n].contrast, draw
+                    )
+                    for n in some
+                    for draw in range(self.manifest.best_of)
+                ]
+                answers = iter(one_each(self.explainer, self.explainer.explain, jobs))
+                drawn = {n: [next(answers) for _ in range(self.manifest.best_of)] for n in some}
+                self.kept.say(self._chosen(drawn))
+                self._advance(bar, len(some))
 
-
-def _score_all(
-    trials: Sequence[tuple[NeuronExemplars, Category, Explanation]],
-    simulators: Mapping[str, Simulator],
-) -> list[_Result]:
-    """Simulate and score every trial; each simulator gets all its jobs in one call."""
-    counts = [modalities(category, found.held_out) for found, category, _ in trials]
-    answers: dict[tuple[int, str], list[Any]] = {}
-    for modality, simulator in simulators.items():
-        mine = [i for i, names in enumerate(counts) if modality in names]
-        jobs = [
-            SimulationJob(trials[i][2], e.sample, e.tokens)
-            for i in mine
-            for e in trials[i][0].held_out
+    def _chosen(self, drawn: Mapping[NeuronId, Sequence[Explanation | Failure]]) -> list[Said]:
+        """Each neuron's best explanation by its score on the validation exemplars."""
+        different = {neuron: _different(answers) for neuron, answers in drawn.items()}
+        trials = [
+            (neuron, Trial(each, self.kinds.of(neuron), self.found[neuron].validate))
+            for neuron, several in different.items()
+            if len(several) > 1
+            for each in several
         ]
-        replies = iter(_one_each(simulator, simulator.simulate(jobs), jobs))
-        for i in mine:
-            answers[i, modality] = [next(replies) for _ in trials[i][0].held_out]
-    return [
-        _score_one(found.held_out, {modality: answers[i, modality] for modality in counts[i]})
-        for i, (found, _, _) in enumerate(trials)
-    ]
+        outcomes = iter(self._tried([trial for _, trial in trials]))
+        said = []
+        for neuron, several in different.items():
+            if not several:
+                why = next(a.reason for a in drawn[neuron] if isinstance(a, Failure))
+                said.append(Said(neuron=str(neuron), explanation=None, failure=why))
+                continue
+            candidates = [
+                Candidate(explanation=each, score=_value(next(outcomes)))
+                for each in (several if len(several) > 1 else [])
+            ]
+            # Of equals, max takes the first: what was said at temperature 0.
+            best = max(candidates, key=_ranking).explanation if candidates else several[0]
+            said.append(Said(neuron=str(neuron), explanation=best, candidates=candidates))
+        return said
 
+    def score_all(self, neurons: Sequence[NeuronId]) -> None:
+        """Simulate and score each neuron, beside its null, and write it down."""
+        said = {n: s.explanation for n, s in self.kept.said.items() if s.explanation is not None}
+        by_category: dict[Category, list[NeuronId]] = {}
+        for name in self.manifest.neurons:
+            neuron = NeuronId.parse(name)
+            if neuron in said:
+                by_category.setdefault(self.kinds.of(neuron), []).append(neuron)
+        with self._bar("scored", len(neurons)) as bar:
+            for some in _parts(neurons, self.chunk):
+                trials, of_null = [], []
+                explained = [neuron for neuron in some if neuron in said]
+                for neuron in explained:
+                    trials.append(self._trial(neuron, said[neuron], RESAMPLES))
+                    others = self._others(neuron, by_category[self.kinds.of(neuron)])
+                    of_null += [(neuron, said[other]) for other in others]
+                trials += [self._trial(neuron, other) for neuron, other in of_null]
+                outcomes = self._tried(trials)
+                own = dict(zip(explained, outcomes, strict=False))
+                nulls: dict[NeuronId, list[float]] = {neuron: [] for neuron in explained}
+                for (neuron, _), outcome in zip(of_null, outcomes[len(explained) :], strict=True):
+                    value = _value(outcome)
+                    if value is not None:
+                        nulls[neuron].append(value)
+                for neuron in some:
+                    self._write(neuron, own.get(neuron), nulls.get(neuron, []))
+                self._advance(bar, len(some))
 
-def _one_each(who: object, replies: list[Reply], jobs: Sequence[object]) -> list[Reply]:
-    if len(replies) != len(jobs):
-        raise ValueError(
-            f"{type(who).__name__} gave {len(replies)} replies to {len(jobs)} jobs. It must give "
-            "one for each, in their order; a Failure for what it could not do."
+    def _trial(self, neuron: NeuronId, explanation: Explanation, resamples: int = 0) -> Trial:
+        return Trial(explanation, self.kinds.of(neuron), self.found[neuron].held_out, resamples)
+
+    def _tried(self, trials: Sequence[Trial]) -> list[Outcome]:
+        return run_trials(trials, self.simulators.by_modality, self.manifest.seed)
+
+    def _others(self, neuron: NeuronId, same: Sequence[NeuronId]) -> list[NeuronId]:
+        """Other neurons of the category, whose explanations make a neuron's null."""
+        others = [other for other in same if other != neuron]
+        rng = np.random.default_rng([self.manifest.seed, 1, zlib.crc32(str(neuron).encode())])
+        return [others[i] for i in rng.permutation(len(others))[: self.manifest.null_draws]]
+
+    def _write(self, neuron: NeuronId, outcome: Outcome | None, null: list[float]) -> None:
+        said, found = self.kept.said[neuron], self.found[neuron]
+        score = outcome.score if outcome is not None else None
+        explained = () if said.explanation is None else (said.explanation.asked,)
+        asked = [*explained, *(outcome.asked if outcome is not None else ())]
+        record = NeuronRecord(
+            neuron=str(neuron),
+            stream=self.adapter.site(neuron.site).stream,
+            category=self.kinds.of(neuron),
+            probability=self.kinds.probability(neuron),
+            maximum=found.maximum,
+            explanation=said.explanation,
+            score=score if isinstance(score, Score) else None,
+            null=null,
+            failure=score.reason if isinstance(score, Failure) else said.failure,
+            asked=[key for key in asked if key is not None],
+            candidates=said.candidates,
         )
-    return replies
+        self.replies.keep(record.asked)
+        simulated = outcome.simulated if outcome is not None else ()
+        traces = [
+            *(_token_record(e, "explain", None) for e in found.explain),
+            *(
+                _token_record(e, "held_out", simulated[i] if len(simulated) else None)
+                for i, e in enumerate(found.held_out)
+            ),
+        ]
+        self.kept.finish(record, traces, self._sample_tokens(found, record.stream))
+
+    def _sample_tokens(self, found: NeuronExemplars, stream: str) -> list[SampleTokens]:
+        """The tokens of a neuron's samples that are not written yet."""
+        return [
+            SampleTokens(
+                sample=self.atlas.samples[each.position],
+                stream=stream,
+                role=each.tokens.role.tolist(),
+                image=each.tokens.image.tolist(),
+                box=[
+                    None if box[0] != box[0] else [round(edge, 2) for edge in box]
+                    for box in each.tokens.box.tolist()
+                ],
+                pieces=None if each.tokens.pieces is None else list(each.tokens.pieces),
+            )
+            for each in (*found.explain, *found.held_out)
+            if each.position is not None and (each.position, stream) not in self.kept.samples
+        ]
+
+    def _bar(self, what: str, total: int) -> tqdm[None]:
+        return tqdm(total=total, desc=what, unit="neuron", disable=not self.progress)
+
+    def _advance(self, bar: tqdm[None], neurons: int) -> None:
+        spent = self.replies.spent()
+        if spent:
+            bar.set_postfix_str(spent)
+        bar.update(neurons)
 
 
-def _score_one(held_out: Sequence[Exemplar], answers: Mapping[str, Sequence[Any]]) -> _Result:
-    if not held_out:
-        return Failure("no held-out exemplar"), []
-    for modality, replies in answers.items():
-        for reply in replies:
-            if isinstance(reply, Failure):
-                return Failure(f"{modality} simulation: {reply.reason}"), []
-    simulated = [np.full(len(each.tokens), np.nan) for each in held_out]
-    sides: dict[str, ModalityScore] = {}
-    for modality, replies in answers.items():
-        pairs = []
-        for each, reply, whole in zip(held_out, replies, simulated, strict=True):
-            at = each.visual if modality == "visual" else each.text
-            whole[at] = reply.values[at]
-            pairs.append((each.activation[at], reply.values[at]))
-        sides[modality] = modality_score(pairs)
-    return Score(**sides), simulated
+def _parts(neurons: Sequence[NeuronId], count: int) -> Iterator[Sequence[NeuronId]]:
+    return (neurons[i : i + count] for i in range(0, len(neurons), count))
+
+
+def _different(answers: Sequence[Explanation | Failure]) -> list[Explanation]:
+    """Explanations that say different things, in their order."""
+    seen: dict[tuple[object, ...], Explanation] = {}
+    for each in answers:
+        if isinstance(each, Explanation):
+            seen.setdefault((each.sentence, each.phrases, each.words, each.predicts), each)
+    return list(seen.values())
+
+
+def _ranking(candidate: Candidate) -> float:
+    return -2.0 if candidate.score is None else candidate.score
+
+
+def _value(outcome: Outcome) -> float | None:
+    return outcome.score.value if isinstance(outcome.score, Score) else None
 
 
 def _token_record(
@@ -252,32 +387,7 @@ def _token_record(
         rank=exemplar.rank,
         use=use,
         true=[float(f"{value:.5g}") for value in exemplar.activation],
-        simulated=[] if simulated is None else _without_nan(simulated),
+        simulated=[]
+        if simulated is None
+        else [None if value != value else float(f"{value:.5g}") for value in simulated],
     )
-
-
-def _without_nan(values: np.ndarray) -> list[float | None]:
-    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]
-
-
-def _sample_tokens(
-    adapter: ModelAdapter, atlas: Atlas, found: Iterable[NeuronExemplars]
-) -> list[SampleTokens]:
-    tokens: dict[tuple[int, str], SampleTokens] = {}
-    for each in found:
-        stream = adapter.site(each.neuron.site).stream
-        for exemplar in (*each.explain, *each.held_out):
-            if exemplar.position is None or (exemplar.position, stream) in tokens:
-                continue
-            tokens[exemplar.position, stream] = SampleTokens(
-                sample=atlas.samples[exemplar.position],
-                stream=stream,
-                role=exemplar.tokens.role.tolist(),
-                image=exemplar.tokens.image.tolist(),
-                box=[
-                    None if math.isnan(box[0]) else [round(edge, 2) for edge in box]
-                    for box in exemplar.tokens.box.tolist()
-                ],
-                pieces=None if exemplar.tokens.pieces is None else list(exemplar.tokens.pieces),
-            )
-    return list(tokens.values())

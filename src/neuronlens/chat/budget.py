@@ -1,0 +1,166 @@
+"""What asking costs: prices, a limit, and an estimate beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neuronlens.chat.replies import Usage
+from neuronlens.errors import BudgetError
+from neuronlens.show import Html, table
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a million tokens cost, in any currency.
+
+    Attributes:
+        prompt: Of what is sent.
+        completion: Of what is written.
+    """
+
+    prompt: float
+    completion: float
+
+    def of(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """The price of so many tokens."""
+        return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that may be spent; None sets no limit.
+
+    Everything that the chat model's store of replies ever received counts, so a run that is
+    started again does not get the same budget twice.
+
+    Attributes:
+        price: In the currency of the prices.
+        requests: Replies.
+        tokens: Of prompts and completions together.
+    """
+
+    price: float | None = None
+    requests: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is to be expected of requests that were not sent yet.
+
+    Attributes:
+        requests: How many have no stored answer.
+        stored: How many have one, and cost nothing.
+        prompt_tokens: About so many are sent.
+        completion_tokens: About so many are written.
+        price: At the given prices; None without any.
+    """
+
+    requests: int
+    stored: int
+    prompt_tokens: int
+    completion_tokens: int
+    price: float | None
+
+    def __add__(self, other: Estimate) -> Estimate:
+        prices = [each.price for each in (self, other) if each.price is not None]
+        return Estimate(
+            self.requests + other.requests,
+            self.stored + other.stored,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            sum(prices) if prices else None,
+        )
+
+    def times(self, factor: float) -> Estimate:
+        """The estimate of so many times as much."""
+        return Estimate(
+            round(self.requests * factor),
+            round(self.stored * factor),
+            round(self.prompt_tokens * factor),
+            round(self.completion_tokens * factor),
+            None if self.price is None else self.price * factor,
+        )
+
+    def _repr_html_(self) -> Html:
+        price = "no prices given" if self.price is None else f"{self.price:,.2f}"
+        return table(
+            ["requests", "answers stored", "prompt tokens", "completion tokens", "price"],
+            [
+                [
+                    f"{self.requests:,}",
+                    f"{self.stored:,}",
+                    f"{self.prompt_tokens:,}",
+                    f"{self.completion_tokens:,}",
+                    price,
+                ]
+            ],
+        )
+
+
+class Purse:
+    """What was spent, what is in flight, and whether one more request fits the budget."""
+
+    def __init__(self, budget: Budget, prices: Prices | None, spent: Usage) -> None:
+        if budget.price is not None and prices is None:
+            raise ValueError(
+                f"A budget of {budget.price} needs prices to be compared with: "
+                "prices=Prices(prompt=..., completion=...), per million tokens."
+            )
+        self.budget = budget
+        self.prices = prices
+        self.requests = spent.requests
+        self.prompt_tokens = spent.prompt_tokens
+        self.completion_tokens = spent.completion_tokens
+        self._held = [0, 0, 0]
+
+    @property
+    def price(self) -> float | None:
+        """What was spent so far."""
+        if self.prices is None:
+            return None
+        return self.prices.of(self.prompt_tokens, self.completion_tokens)
+
+    def hold(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Set the most that a request may cost aside.
+
+        Raises:
+            BudgetError: If it does not fit, together with everything that is in flight.
+        """
+        requests, prompt, completion = self._held
+        requests, prompt = self.requests + requests + 1, self.prompt_tokens + prompt + prompt_tokens
+        completion += self.completion_tokens + completion_tokens
+        limits = [
+            ("requests", self.budget.requests, requests),
+            ("tokens", self.budget.tokens, prompt + completion),
+        ]
+        if self.prices is not None:
+            limits.append(("price", self.budget.price, self.prices.of(prompt, completion)))  # type: ignore[arg-type]
+        for name, most, wanted in limits:
+            if most is not None and wanted > most:
+                raise BudgetError(
+                    f"The next request could bring the {name} to {wanted:,.6g}, above the budget "
+                    f"of {most:,.6g}. Spent so far: {self}. What was answered is kept: call again "
+                    "with a larger budget to go on."
+                )
+        self._held[0] += 1
+        self._held[1] += prompt_tokens
+        self._held[2] += completion_tokens
+
+    def settle(
+        self, held: tuple[int, int], prompt_tokens: int, completion_tokens: int, requests: int
+    ) -> None:
+        """Give back what was set aside, and count what it really cost."""
+        self._held[0] -= 1
+        self._held[1] -= held[0]
+        self._held[2] -= held[1]
+        self.requests += requests
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+
+    def __str__(self) -> str:
+        price = "" if self.price is None else f", price {self.price:.4g}"
+        return (
+            f"{self.requests:,} requests, {self.prompt_tokens:,} prompt tokens, "
+            f"{self.completion_tokens:,} completion tokens{price}"
+        )

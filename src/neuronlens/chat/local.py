@@ -1,0 +1,193 @@
+"""A chat model of transformers in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronlens.chat.budget import Budget
+from neuronlens.chat.model import ChatModel, Reply, again
+from neuronlens.chat.replies import ReplyStore, StoredReply
+from neuronlens.chat.request import Message, Request
+from neuronlens.errors import BudgetError, ChatError
+from neuronlens.explanation import Failure
+
+
+class TransformersChat(ChatModel):
+    """Any chat model that transformers loads, with or without images, in batches.
+
+    Args:
+        model: Its language model head generates; used as it is, on the device it is on.
+        processor: Its processor, or tokenizer if it takes no images, with a chat template.
+        name: Part of the keys of stored answers; by default where the model was loaded from.
+        replies: Store of answers, or where it is to lie; None keeps them in memory.
+        batch_size: Requests generated together.
+        attempts: Replies of the wrong form before a request fails.
+        budget: The most requests or tokens.
+
+    Raises:
+        ChatError: If the processor has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        name: str | None = None,
+        replies: str | Path | ReplyStore | None = None,
+        batch_size: int = 8,
+        attempts: int = 3,
+        budget: Budget | None = None,
+    ) -> None:
+        config: Any = model.config
+        known = name or str(getattr(config, "_name_or_path", "")) or type(model).__name__
+        super().__init__(known, replies=replies, attempts=attempts, budget=budget)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+            raise ChatError(
+                f"The processor of {known} has no chat template, so it cannot be asked. Take an "
+                "instruction-tuned model, or set processor.chat_template."
+            )
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self._tokenizer = tokenizer
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Make running calls of `ask` end after the batch they are at."""
+        self._cancelled = True
+
+    def ask(self, requests: Iterable[Request]) -> list[Reply | Failure]:
+        """Answer every request, in their order; see `ChatModel.ask`."""
+        self._cancelled = False
+        answers: dict[int, Reply | Failure] = {}
+        twins: dict[str, list[int]] = {}
+        batches: dict[tuple[float, int], list[_Waiting]] = {}
+        for number, request in enumerate(requests):
+            key = request.key(self.name)
+            stored = self._stored(request, key)
+            if stored is not None:
+                answers[number] = stored
+            elif key in twins:
+                twins[key].append(number)
+            else:
+                twins[key] = [number]
+                # A batch is sampled with one temperature and seed.
+                waiting = batches.setdefault((request.temperature, request.draw), [])
+                waiting.append(_Waiting(request, key))
+                if len(waiting) == self.batch_size:
+                    answers |= self._answered(waiting, twins)
+                    waiting.clear()
+        for waiting in batches.values():
+            answers |= self._answered(waiting, twins)
+        return [answers[i] for i in range(len(answers))]
+
+    def _answered(
+        self, waiting: Sequence[_Waiting], twins: dict[str, list[int]]
+    ) -> dict[int, Reply | Failure]:
+        """Ask until every reply of a batch is an answer, or its attempts are used up."""
+        done: dict[str, Reply | Failure] = {}
+        left = list(waiting)
+        for attempt in range(1, self.attempts + 1):
+            if self._cancelled:
+                raise ChatError("Asking was stopped. What was answered is stored.")
+            replies = self._generated(left, attempt)
+            failed = []
+            for each, reply in zip(left, replies, strict=True):
+                words = self._words(each.messages)
+                judged = self._judge(each.request, each.key, reply, words)
+                if isinstance(judged, Reply):
+                    done[each.key] = judged
+                    continue
+                done[each.key] = Failure(f"no valid reply after {self.attempts} attempts: {judged}")
+                each.messages = again(each.request.messages, reply.text, judged)
+                failed.append(each)
+            left = failed
+            if not left:
+                break
+        return {number: done[each.key] for each in waiting for number in twins[each.key]}
+
+    @torch.inference_mode()
+    def _generated(self, asked: Sequence[_Waiting], attempt: int) -> list[StoredReply]:
+        most = max(each.request.max_tokens for each in asked)
+        inputs = self.processor.apply_chat_template(
+            [[self._turn(message) for message in each.messages] for each in asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **self._padding(),
+        ).to(self.model.device)
+        held = [(row, most) for row in inputs["attention_mask"].sum(1).tolist()]
+        self._hold(held)
+        draw, temperature = asked[0].request.draw, asked[0].request.temperature
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            torch.manual_seed(draw)
+            sampling = {"do_sample": True, "temperature": temperature}
+        generate: Any = self.model.generate
+        whole = generate(
+            **inputs, max_new_tokens=most, pad_token_id=self._tokenizer.pad_token_id, **sampling
+        )
+        replies = []
+        for row, kept in zip(whole[:, inputs["input_ids"].shape[1] :], held, strict=True):
+            text = str(self._tokenizer.decode(row, skip_special_tokens=True))
+            written = int((row != self._tokenizer.pad_token_id).sum())
+            self.purse.settle(kept, kept[0], written, requests=1)
+            replies.append(
+                StoredReply(
+                    text=text,
+                    model=self.name,
+                    attempts=attempt,
+                    prompt_tokens=kept[0],
+                    completion_tokens=written,
+                    cut_short=written >= most,
+                )
+            )
+        return replies
+
+    def _hold(self, held: Sequence[tuple[int, int]]) -> None:
+        """Set aside what a batch may cost, all of it or nothing."""
+        for number, each in enumerate(held):
+            try:
+                self.purse.hold(*each)
+            except BudgetError:
+                for earlier in held[:number]:
+                    self.purse.settle(earlier, 0, 0, requests=0)
+                raise
+
+    def _padding(self) -> dict[str, Any]:
+        """Padding on the left, where generation wants it, whatever the tokenizer's own side."""
+        kwargs = {"padding": True, "padding_side": "left"}
+        return {"processor_kwargs": kwargs} if self.processor is not self._tokenizer else kwargs
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        if self.processor is self._tokenizer:
+            if message.pictures:
+                raise ChatError(
+                    f"{self.name} was given a picture, and takes text only. Give a model with a "
+                    "processor, or explain text neurons only."
+                )
+            return {"role": message.role, "content": message.text}
+        parts = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image", "image": part.open()}
+            for part in message.parts
+        ]
+        return {"role": message.role, "content": parts}
+
+
+class _Waiting:
+    """A request that has no answer yet, and the conversation about it."""
+
+    def __init__(self, request: Request, key: str) -> None:
+        self.request = request
+        self.key = key
+        self.messages = request.messages

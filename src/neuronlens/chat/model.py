@@ -1,0 +1,152 @@
+"""What every chat model has: stored answers, retries, a budget."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from neuronlens.chat.budget import Budget, Estimate, Prices, Purse
+from neuronlens.chat.parse import InvalidReplyError, parse
+from neuronlens.chat.replies import ReplyStore, StoredReply
+from neuronlens.chat.request import Message, Request
+from neuronlens.explanation import Failure
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer that has the form that was asked for.
+
+    Attributes:
+        key: Of the request, in the store of replies.
+        text: What the model wrote.
+        value: The answer in its form; None where any text would do.
+        stored: Whether it was asked in an earlier run, and cost nothing now.
+    """
+
+    key: str
+    text: str
+    value: BaseModel | None
+    stored: bool
+
+
+class ChatModel(ABC):
+    """A model that answers requests, each at most once.
+
+    Attributes:
+        name: The model's name; part of every key.
+        replies: The stored answers.
+        attempts: How many replies to one request may be of the wrong form before it fails.
+        purse: What was spent.
+        image_tokens: About how many tokens an image counts as.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        replies: str | Path | ReplyStore | None = None,
+        attempts: int = 3,
+        prices: Prices | None = None,
+        budget: Budget | None = None,
+        image_tokens: int = 255,
+    ) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts={attempts} was given; a request needs at least 1.")
+        self.name = name
+        self.attempts = attempts
+        self.image_tokens = image_tokens
+        self._budget = budget or Budget()
+        self._prices = prices
+        self.keep_in(replies)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.purse})"
+
+    def keep_in(self, replies: str | Path | ReplyStore | None) -> None:
+        """Look answers up in this store from now on, and keep them there."""
+        self.replies = replies if isinstance(replies, ReplyStore) else ReplyStore(replies)
+        self.purse = Purse(self._budget, self._prices, self.replies.usage())
+
+    @abstractmethod
+    def ask(self, requests: Iterable[Request]) -> list[Reply | Failure]:
+        """Answer every request, in their order.
+
+        A request whose answer is stored is not sent. What has no valid answer after all
+        attempts comes back as a `Failure`.
+
+        Raises:
+            ChatError: If the model cannot be asked at all.
+            BudgetError: If the budget is used up; what was answered is stored.
+        """
+
+    def cancel(self) -> None:  # noqa: B027 - nothing runs beside the caller's own thread
+        """Make running calls of `ask` end soon; what was answered is stored."""
+
+    def estimate(self, requests: Iterable[Request]) -> Estimate:
+        """What asking these would cost, from the length of the texts and what was seen so far."""
+        prompt = completion = missing = stored = 0
+        seen: set[str] = set()
+        factor = self._tokens_per_word()
+        for request in requests:
+            key = request.key(self.name)
+            if key in seen or key in self.replies:
+                stored += 1
+                continue
+            seen.add(key)
+            missing += 1
+            prompt += self._prompt_tokens(request.messages, factor)
+            completion += request.expected_tokens
+        price = None if self._prices is None else self._prices.of(prompt, completion)
+        return Estimate(missing, stored, prompt, completion, price)
+
+    def _tokens_per_word(self) -> float:
+        """As the server counted so far; 1.3 before the first reply."""
+        usage = self.replies.usage()
+        return usage.prompt_tokens / usage.words if usage.words else 1.3
+
+    def _prompt_tokens(self, messages: Sequence[Message], per_word: float = 1.3) -> int:
+        """About how many tokens are sent: words, marks and line breaks, and images."""
+        return round(per_word * self._words(messages)) + 4 * len(messages)
+
+    def _words(self, messages: Sequence[Message]) -> int:
+        """Words of the texts; an image counts as many words as make its tokens."""
+        pictures = sum(len(message.pictures) for message in messages)
+        return sum(m.words for m in messages) + round(self.image_tokens / 1.3) * pictures
+
+    def _stored(self, request: Request, key: str) -> Reply | None:
+        """The stored answer, if it has the form that is asked for today."""
+        kept = self.replies.get(key)
+        if kept is None:
+            return None
+        try:
+            return Reply(key, kept.text, parse(request, kept.text), stored=True)
+        except InvalidReplyError:
+            return None
+
+    def _judge(
+        self, request: Request, key: str, reply: StoredReply, words: int
+    ) -> Reply | InvalidReplyError:
+        """Store a reply if it is an answer; count it if it is none."""
+        try:
+            value = parse(request, reply.text)
+        except InvalidReplyError as error:
+            self.replies.note_invalid(key, str(error), reply, words)
+            return error
+        self.replies.put(key, request, self.name, reply, words)
+        return Reply(key, reply.text, value, stored=False)
+
+
+def again(messages: tuple[Message, ...], said: str, problem: object) -> tuple[Message, ...]:
+    """The conversation, once more, after a reply of the wrong form."""
+    return (
+        *messages,
+        Message("assistant", (said[:2000] or "(nothing)",)),
+        Message(
+            "user",
+            (f"That cannot be read: {problem}. Answer again, with the one JSON object only.",),
+        ),
+    )

@@ -1,0 +1,245 @@
+"""Every answered request and its answer, in one SQLite file."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from neuronlens.chat.request import Message, Picture, Request
+from neuronlens.errors import DataError, UnknownNameError
+from neuronlens.show import Html, escaped, picture
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS pictures (digest TEXT PRIMARY KEY, jpeg BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS messages (digest TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (
+    key TEXT NOT NULL, outcome TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, words INTEGER NOT NULL);
+"""
+
+
+class StoredReply(BaseModel):
+    """An answer as it is kept.
+
+    Attributes:
+        text: What the model wrote.
+        model: What the server says answered.
+        attempts: How many replies it took, this one included.
+        prompt_tokens: Of this reply's request, as the server counts, or estimated.
+        completion_tokens: Of this reply.
+        cut_short: Whether it ended because it was as long as it may be.
+    """
+
+    text: str
+    model: str = ""
+    attempts: int = 1
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cut_short: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was sent and answered.
+
+    Attributes:
+        requests: Replies received, invalid ones included.
+        invalid: How many of them were not of the form that was asked for.
+        prompt_tokens: Sum over replies.
+        completion_tokens: Sum over replies.
+        words: Words of the requests' texts, which estimates are corrected by.
+    """
+
+    requests: int = 0
+    invalid: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    words: int = 0
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What was asked, and what was answered; shows itself in a notebook."""
+
+    messages: tuple[Message, ...]
+    reply: StoredReply
+
+    def _repr_html_(self) -> Html:
+        turns = [*self.messages, Message("assistant", (self.reply.text,))]
+        return Html("".join(map(_turn, turns)))
+
+
+def _turn(message: Message) -> Html:
+    shown = "".join(
+        f'<span style="white-space:pre-wrap">{escaped(part)}</span>'
+        if isinstance(part, str)
+        else picture(part.open(), 160)
+        for part in message.parts
+    )
+    return Html(
+        '<div style="font:13px system-ui,sans-serif;margin:6px 0;max-width:760px">'
+        f'<b>{escaped(message.role)}</b><div style="margin-left:14px">{shown}</div></div>'
+    )
+
+
+class ReplyStore:
+    """Answers by the key of their request: what is in it is never asked again.
+
+    Every answer is written before its place among the requests in flight is free again, so a
+    killed process loses no more than those. Several threads and processes may share a file.
+
+    Args:
+        path: The file, made if there is none; None keeps the answers in memory.
+
+    Raises:
+        DataError: If the file is no store of replies, or cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = sqlite3.connect(
+                ":memory:" if self.path is None else self.path,
+                timeout=60,
+                check_same_thread=False,
+                isolation_level=None,
+            )
+            # A killed process loses nothing that was committed in this mode, only a power cut may.
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.executescript(_TABLES)
+        except sqlite3.Error as error:
+            raise DataError(
+                f"{self.path} cannot serve as a store of replies: {error}. Choose another path."
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"ReplyStore({str(self.path) if self.path else 'in memory'}, {len(self)} answers)"
+
+    def __len__(self) -> int:
+        return int(self._one("SELECT COUNT(*) FROM replies")[0])
+
+    def __contains__(self, key: str) -> bool:
+        return self.get(key) is not None
+
+    def get(self, key: str) -> StoredReply | None:
+        """The stored answer to a request."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT reply FROM replies WHERE key = ?", (key,)
+            ).fetchone()
+        return None if row is None else StoredReply.model_validate_json(row[0])
+
+    def put(self, key: str, request: Request, model: str, reply: StoredReply, words: int) -> None:
+        """Keep a valid answer, with everything that was asked."""
+        with self._lock, self._database:
+            self._insert(key, request.messages, request.canonical(model), reply.model_dump_json())
+            self._attempt(key, "answered", reply, words)
+        self._known.update(message.digest for message in request.messages)
+
+    def _insert(self, key: str, messages: Iterable[Message], request: str, reply: str) -> None:
+        new = [message for message in messages if message.digest not in self._known]
+        self._database.execute("BEGIN IMMEDIATE")
+        self._database.executemany(
+            "INSERT OR IGNORE INTO pictures VALUES (?, ?)",
+            [(p.digest, p.jpeg) for message in new for p in message.pictures],
+        )
+        self._database.executemany(
+            "INSERT OR IGNORE INTO messages VALUES (?, ?)",
+            [(message.digest, message.canonical) for message in new],
+        )
+        self._database.execute(
+            "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, request, reply)
+        )
+
+    def note_invalid(self, key: str, why: str, reply: StoredReply, words: int) -> None:
+        """Count a reply that was paid for and is no answer."""
+        with self._lock:
+            self._attempt(key, f"invalid: {why}", reply, words)
+
+    def _attempt(self, key: str, outcome: str, reply: StoredReply, words: int) -> None:
+        self._database.execute(
+            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?)",
+            (key, outcome, reply.prompt_tokens, reply.completion_tokens, words),
+        )
+
+    def usage(self) -> Usage:
+        """Everything that was ever received into this store."""
+        row = self._one(
+            "SELECT COUNT(*), TOTAL(outcome != 'answered'), TOTAL(prompt_tokens), "
+            "TOTAL(completion_tokens), TOTAL(words) FROM attempts"
+        )
+        return Usage(*map(int, row))
+
+    def exchange(self, key: str) -> Exchange:
+        """What was asked under a key, and what was answered.
+
+        Raises:
+            UnknownNameError: If nothing was.
+        """
+        with self._lock:
+            row = self._database.execute(
+                "SELECT request, reply FROM replies WHERE key = ?", (key,)
+            ).fetchone()
+            if row is None:
+                raise UnknownNameError("stored reply", key, [])
+            messages = tuple(self._message(each) for each in json.loads(row[0])["messages"])
+        return Exchange(messages, StoredReply.model_validate_json(row[1]))
+
+    def _message(self, digest: str) -> Message:
+        (content,) = self._database.execute(
+            "SELECT content FROM messages WHERE digest = ?", (digest,)
+        ).fetchone()
+        said = json.loads(content)
+        parts: list[str | Picture] = []
+        for part in said["parts"]:
+            if "text" in part:
+                parts.append(part["text"])
+            else:
+                (jpeg,) = self._database.execute(
+                    "SELECT jpeg FROM pictures WHERE digest = ?", (part["picture"],)
+                ).fetchone()
+                parts.append(Picture(jpeg))
+        return Message(said["role"], tuple(parts))
+
+    def keys(self) -> list[str]:
+        """Keys of all stored answers."""
+        with self._lock:
+            return [row[0] for row in self._database.execute("SELECT key FROM replies")]
+
+    def copy_to(self, other: ReplyStore, keys: Iterable[str]) -> None:
+        """Give another store these answers, with what was asked; those it has are left alone."""
+        for key in keys:
+            if key in other:
+                continue
+            with self._lock:
+                row = self._database.execute(
+                    "SELECT request, reply FROM replies WHERE key = ?", (key,)
+                ).fetchone()
+                if row is None:
+                    continue
+                messages = [self._message(each) for each in json.loads(row[0])["messages"]]
+            with other._lock, other._database:
+                other._insert(key, messages, *row)
+
+    def close(self) -> None:
+        """Close the file; nothing can be read or kept afterwards."""
+        with self._lock:
+            self._database.close()
+
+    def _one(self, query: str) -> tuple[float, ...]:
+        with self._lock:
+            row: tuple[float, ...] = self._database.execute(query).fetchone()
+        return row

@@ -1,0 +1,138 @@
+"""What a study is made with: simulators by default, settings for the manifest, kept replies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from neuronlens.chat import ChatModel, ReplyStore
+from neuronlens.errors import MissingExtraError
+from neuronlens.explain import Explainer, Modality
+from neuronlens.explanation import Failure
+from neuronlens.segment import AnnotationSegmenter, CachedSegmenter, GroundedSegmenter
+from neuronlens.simulate import (
+    ChatSimulator,
+    MaskSimulator,
+    Simulation,
+    SimulationJob,
+    Simulator,
+    WordSimulator,
+)
+from neuronlens.study.journal import MASKS, REPLIES
+
+
+def described(component: object) -> dict[str, Any]:
+    """What a component's answers depend on, as far as it says."""
+    return dict(getattr(component, "settings", {}))
+
+
+class Simulators:
+    """The simulators of a study: those given, or what follows from the explainer.
+
+    Attributes:
+        by_modality: One for visual, one for text tokens.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        visual: Simulator | None,
+        text: Simulator | None,
+        folder: Path | None,
+    ) -> None:
+        chat = getattr(explainer, "chat", None)
+        by_mask: Simulator = MaskSimulator(AnnotationSegmenter())
+        by_word: Simulator = WordSimulator()
+        if chat is not None:
+            by_mask, by_word = GroundedByDefault(folder), ChatSimulator(chat)
+        self.by_modality: dict[Modality, Simulator] = {
+            "visual": visual or by_mask,
+            "text": text or by_word,
+        }
+
+    @property
+    def given(self) -> list[Simulator]:
+        """Both of them."""
+        return list(self.by_modality.values())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Class of the simulator of each modality."""
+        return {name: type(each).__name__ for name, each in self.by_modality.items()}
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What their answers depend on."""
+        return {name: described(each) for name, each in self.by_modality.items()}
+
+
+class GroundedByDefault:
+    """Masks of Grounding DINO and SAM 2, loaded when the first visual token is simulated."""
+
+    settings: Mapping[str, object] = {"segmenter": "Grounding DINO and SAM 2, by default"}
+
+    def __init__(self, folder: Path | None) -> None:
+        if find_spec("torchvision") is None:
+            self._missing: MissingExtraError | None = MissingExtraError(
+                "torchvision", "segment", "Finding phrases in images"
+            )
+        else:
+            self._missing = None
+        self._folder = folder
+        self._loaded: MaskSimulator | None = None
+
+    def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
+        """Predict visual tokens that have a box.
+
+        Raises:
+            MissingExtraError: If torchvision is not installed.
+        """
+        if self._missing is not None:
+            raise self._missing
+        if self._loaded is None:
+            path = None if self._folder is None else self._folder / MASKS
+            self._loaded = MaskSimulator(CachedSegmenter(GroundedSegmenter.load(), path))
+        return self._loaded.simulate(jobs)
+
+
+class Replies:
+    """The chat models behind a study's components, and the store its replies are kept in.
+
+    A chat model that keeps its answers in memory keeps them in the study's folder from now on;
+    of one with a file of its own, what the study used is copied.
+
+    Attributes:
+        store: Where the replies can be looked up; None if no chat model is asked.
+    """
+
+    def __init__(self, components: Iterable[object], folder: Path | None) -> None:
+        found = [getattr(each, "chat", None) for each in components]
+        self._chats = list({id(c): c for c in found if isinstance(c, ChatModel)}.values())
+        self.store: ReplyStore | None = None
+        if not self._chats:
+            if folder is not None and (folder / REPLIES).exists():
+                self.store = ReplyStore(folder / REPLIES)
+            return
+        if folder is None:
+            self.store = self._chats[0].replies
+            return
+        self.store = ReplyStore(folder / REPLIES)
+        for chat in self._chats:
+            if chat.replies.path is None:
+                chat.replies.copy_to(self.store, chat.replies.keys())
+                chat.keep_in(self.store)
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Make sure that these replies are in the study's store."""
+        if self.store is None:
+            return
+        keys = list(keys)
+        for chat in self._chats:
+            if chat.replies is not self.store:
+                chat.replies.copy_to(self.store, keys)
+
+    def spent(self) -> str:
+        """What the chat models have cost so far."""
+        return "; ".join(str(chat.purse) for chat in self._chats)

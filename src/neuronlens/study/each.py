@@ -1,0 +1,113 @@
+"""One answer for each job: what was asked for, in its order, and one failure stops nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from neuronlens.errors import (
+    AdapterError,
+    AtlasError,
+    BudgetError,
+    ChatError,
+    DataError,
+    MissingExtraError,
+    OutputError,
+)
+from neuronlens.explanation import Failure
+
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+Name = TypeVar("Name")
+
+_ENDS_ALL = (
+    *(AdapterError, AtlasError, BudgetError, ChatError, DataError, MissingExtraError, OutputError),
+)
+"""What every further job would meet as well."""
+
+
+def one_each(
+    who: object, call: Callable[[Sequence[Job]], list[Answer]], jobs: Sequence[Job]
+) -> list[Answer | Failure]:
+    """An answer for each job, from one call for all of them.
+
+    If the call raises for a reason that need not concern every job, each job is tried by
+    itself, and those that raise become failures.
+
+    Raises:
+        ValueError: If there are not as many answers as jobs.
+    """
+    if not jobs:
+        return []
+    try:
+        return list(_counted(who, call(jobs), jobs))
+    except _ENDS_ALL:
+        raise
+    except Exception as error:
+        if len(jobs) == 1:
+            return [_failure(error)]
+        alone: list[Answer | Failure] = []
+        for job in jobs:
+            try:
+                alone += _counted(who, call([job]), [job])
+            except _ENDS_ALL:
+                raise
+            except Exception as own:  # noqa: BLE001 - whatever a third party's code raises
+                alone.append(_failure(own))
+        if all(isinstance(each, Failure) for each in alone):
+            raise error from None
+        return alone
+
+
+def _failure(error: Exception) -> Failure:
+    return Failure(f"{type(error).__name__}: {error}")
+
+
+def _counted(who: object, answers: Sequence[Answer], jobs: Sequence[object]) -> Sequence[Answer]:
+    if len(answers) != len(jobs):
+        raise _MiscountError(
+            f"{type(who).__name__} gave {len(answers)} replies to {len(jobs)} jobs. It must give "
+            "one for each, in their order; a Failure for what it could not do."
+        )
+    return answers
+
+
+class _MiscountError(DataError):
+    """Answers that cannot be told whose they are."""
+
+
+def together(
+    calls: Mapping[Name, Callable[[], Answer]], stop: Callable[[], None]
+) -> dict[Name, Answer]:
+    """Results of several calls that run at the same time, the first in this thread.
+
+    Args:
+        calls: What to run.
+        stop: Makes the others end soon; called if one of them raises.
+    """
+    names = list(calls)
+    results: dict[Name, Answer] = {}
+    errors: list[BaseException] = []
+
+    def run(name: Name) -> None:
+        try:
+            results[name] = calls[name]()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+            stop()
+
+    others = [threading.Thread(target=run, args=(name,), daemon=True) for name in names[1:]]
+    for thread in others:
+        thread.start()
+    try:
+        for name in names[:1]:
+            run(name)
+        for thread in others:
+            thread.join()
+    except BaseException:
+        stop()
+        raise
+    if errors:
+        raise errors[0]
+    return results
