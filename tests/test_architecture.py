@@ -32,6 +32,7 @@ RANKS = {
     "classify": 7,
     "explanation": 7,
     "scan": 7,
+    "worked": 7,
     "chat": 8,
     "exemplars": 8,
     "segment": 8,

@@ -1,0 +1,24 @@
+"""How well simulated activations agree with true ones: arithmetic only."""
+
+from neuronlens.score.agreement import (
+    ModalityScore,
+    Undefined,
+    Values,
+    correlation,
+    modality_score,
+)
+from neuronlens.score.neuron import Modality, Score, neuron_score
+from neuronlens.score.summary import Summary, summarise
+
+__all__ = [
+    "Modality",
+    "ModalityScore",
+    "Score",
+    "Summary",
+    "Undefined",
+    "Values",
+    "correlation",
+    "modality_score",
+    "neuron_score",
+    "summarise",
+]
