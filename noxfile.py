@@ -16,7 +16,7 @@ nox.options.error_on_missing_interpreters = True
 # torch and torchvision come from one registry: the CPU build of torch breaks torchvision.
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
-    *("pytest", "pytest-xdist", "hypothesis", "sam2", "fastapi", "uvicorn", "rich"),
+    *("pytest", "pytest-xdist", "hypothesis", "scipy", "sam2", "fastapi", "uvicorn", "rich"),
     *("accelerate", "bitsandbytes", "datasets", "scikit-image", "scikit-learn", "timm"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]

@@ -188,7 +188,8 @@ class ChatExplainer:
         if kind != "visual" and exemplar.tokens.pieces is not None:
             at = np.flatnonzero(exemplar.text)
             pieces = [exemplar.tokens.pieces[i] for i in at]
-            whole = np.floor(np.nan_to_num(exemplar.level[at])).astype(int)
+            # A maximum that was recorded in another batch may come out just below 10.
+            whole = np.floor(np.nan_to_num(exemplar.level[at]) + 1e-4).astype(int)
             parts.append(listed(list(zip(pieces, whole.tolist(), strict=True))))
         return parts
 

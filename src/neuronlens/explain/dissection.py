@@ -67,7 +67,7 @@ class DissectionExplainer:
         self.words = None if words is None else {k: tuple(v) for k, v in words.items()}
 
     def explain(self, jobs: Sequence[ExplanationJob]) -> list[Explanation | Failure]:
-        """Explain each neuron by its best concept."""
+        """Explain each neuron by its best concept; draw 1 is the second best, and so on."""
         # Many neurons share samples; their token maps live as long as the jobs do.
         known: _Predictions = {}
         return [self._one(job, known) for job in jobs]
@@ -119,7 +119,9 @@ class DissectionExplainer:
             return Failure("its visual tokens see no single region, so no mask can be compared")
         if not found:
             return Failure("no known concept fits the exemplars (are they annotated?)")
-        best = found[0]
+        if job.draw >= len(found):
+            return Failure(f"no more than {len(found)} known concepts fit the exemplars")
+        best = found[job.draw]
         return Explanation(
             sentence=_sentence(best, counts),
             phrases=(best.concept,) if "visual" in counts else (),
@@ -127,8 +129,10 @@ class DissectionExplainer:
             predicts=best.predicts,
             ties=tuple(
                 m.concept
-                for m in found[1:]
-                if math.isclose(m.r, best.r, rel_tol=1e-9) and m.predicts == best.predicts
+                for m in found
+                if m is not best
+                and math.isclose(m.r, best.r, rel_tol=1e-9)
+                and m.predicts == best.predicts
             ),
             explainer=self.name,
         )
@@ -158,7 +162,12 @@ class DissectionExplainer:
                 int(i): self.segmenter.segment(exemplar.sample, int(i), [concept])[0]
                 for i in images
             }
-            known[key] = exemplar.tokens.coverage(masks).numpy()
+            # Most concepts are in few images; all that are not in this one cover it alike.
+            is_here = any(mask.any() for mask in masks.values())
+            alike = key if is_here else (*key[:2], "", "nothing")
+            if alike not in known:
+                known[alike] = exemplar.tokens.coverage(masks).numpy()
+            known[key] = known[alike]
         return known[key]
 
     def _text(

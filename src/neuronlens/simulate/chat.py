@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from neuronlens.chat import Message, Picture, Reply, Request, instruction
 from neuronlens.explanation import Explanation, Failure
 from neuronlens.simulate.simulator import Simulation, SimulationJob
-from neuronlens.worked import WorkedExample, worked_examples
+from neuronlens.worked import WORKED_VERSION, WorkedExample, worked_examples
 
 Kind = Literal["text", "multimodal"]
+
+PROMPT_VERSION = f"1, worked examples {WORKED_VERSION}"
+"""Changes whenever the words of a question do; a study's manifest carries it."""
 
 _SYSTEM = """\
 You predict how strongly one neuron of a vision-language model fires on each token of a text. \
@@ -64,6 +67,15 @@ class ChatSimulator:
     def __init__(self, chat: Asks, *, worked: int = 8) -> None:
         self.chat = chat
         self.worked = worked
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What its predictions depend on, for a study's manifest."""
+        return {
+            "model": getattr(self.chat, "name", type(self.chat).__name__),
+            "prompt": PROMPT_VERSION,
+            "worked": self.worked,
+        }
 
     def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
         """Predict the text tokens that count."""

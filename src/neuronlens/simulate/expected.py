@@ -18,11 +18,10 @@ from neuronlens.errors import ChatError
 from neuronlens.explanation import Failure
 from neuronlens.simulate.chat import claim
 from neuronlens.simulate.simulator import Simulation, SimulationJob
-from neuronlens.worked import worked_examples
+from neuronlens.worked import WORKED_VERSION, worked_examples
 
 _DIGITS = tuple(str(level) for level in range(11))
 _LETTERS = tuple("ABCDEFGHIJK")
-_HIDDEN = "?"
 
 _SYSTEM = """\
 One neuron of a vision-language model is described, and the tokens of a text are listed with the \
@@ -71,10 +70,20 @@ class ExpectedValueSimulator:
         self.batch_size = batch_size
         self.worked = worked
         self.reuse = reuse
+        self._lines: dict[str, list[int]] = {}
         self.labels, self._label_ids = self._find_labels()
-        self._newline = self._ids("\tA\n")[len(self._ids("\tA")) :]
+        start = len(self._ids("\t"))
+        self._newline = self._ids("\tA\n")[start + 1 :]
+        self._question_mark = self._ids("\t?")[start:]
         takes = inspect.signature(model.forward).parameters
         self._takes_places = "logits_to_keep" in takes
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What its predictions depend on, for a study's manifest."""
+        config: Any = self.model.config
+        name = str(getattr(config, "_name_or_path", "")) or type(self.model).__name__
+        return {"model": name, "worked": self.worked, "prompt": f"1, {WORKED_VERSION}"}
 
     def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
         """Predict the text tokens that count."""
@@ -156,8 +165,8 @@ class ExpectedValueSimulator:
             hidden = number * len(tokens) // max(1, len(examples))
             ids += self._ids(claim(example.sentence, example.predicts) + "\n")
             for i, (piece, level) in enumerate(tokens):
-                ids += self._ids(_listed(piece))
-                label = [int(self._label_ids[level])] if i >= hidden else self._hidden
+                ids += self._line(piece)
+                label = [int(self._label_ids[level])] if i >= hidden else self._question_mark
                 ids += [*label, *self._newline]
             ids += self._newline
         return ids
@@ -168,14 +177,10 @@ class ExpectedValueSimulator:
         ids = self._ids(claim(explanation.sentence, explanation.predicts) + "\n")
         places = []
         for piece in pieces:
-            ids += self._ids(_listed(piece))
+            ids += self._line(piece)
             places.append(len(ids) - 1)
-            ids += [*self._hidden, *self._newline]
+            ids += [*self._question_mark, *self._newline]
         return _Row(ids, places)
-
-    @property
-    def _hidden(self) -> list[int]:
-        return self._ids("\t" + _HIDDEN)[len(self._ids("\t")) :]
 
     def _find_labels(self) -> tuple[tuple[str, ...], Int[Tensor, " level"]]:
         """The labels of the levels and their tokens."""
@@ -190,6 +195,12 @@ class ExpectedValueSimulator:
             "cannot be read off. Use ChatSimulator(TransformersChat(model, processor))."
         )
 
+    def _line(self, piece: str) -> list[int]:
+        """A listed token; the same ones come again and again."""
+        if piece not in self._lines:
+            self._lines[piece] = self._ids(json.dumps(piece, ensure_ascii=False) + "\t")
+        return self._lines[piece]
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -200,7 +211,3 @@ class _Row:
 
     ids: list[int]
     places: list[int]
-
-
-def _listed(piece: str) -> str:
-    return json.dumps(piece, ensure_ascii=False) + "\t"

@@ -1,0 +1,100 @@
+"""Do explanations from a neuron's top samples predict it better than those from random ones?
+
+P1, Tables 2 and 4: mean held-out score by category, explained from top and from random samples,
+each beside its null. By default on the testbed, with the explainer that needs no LLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import neuronlens as nl
+
+CATEGORIES = ("visual", "text", "multimodal")
+
+
+def main() -> None:
+    given = arguments()
+    if given.model is None:
+        bed = nl.testbed.load()
+        vlm, p = nl.adapt(bed.model, bed.processor), None
+        samples = nl.read_samples(nl.testbed.write(given.out / "data", given.scenes, seed=1))
+        classifier = nl.NeuronClassifier(**nl.testbed.READINGS)
+    else:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model = AutoModelForImageTextToText.from_pretrained(
+            given.model, dtype="auto", device_map="auto"
+        )
+        vlm, p = nl.adapt(model, AutoProcessor.from_pretrained(given.model)), 0.8
+        samples = nl.read_samples(given.samples, images=given.images)
+        classifier = nl.NeuronClassifier()
+    atlas = nl.scan(vlm, samples, out=given.out / "atlas", progress=True)
+    kinds = classifier.classify(atlas)
+    neurons = [n for c in CATEGORIES for n in kinds.select(c, p=p, n=given.neurons, seed=0)]
+    more: dict[str, object] = {}
+    if given.chat_model:
+        chat = nl.chat.OpenAIChat(given.chat_model, base_url=given.base_url)
+        more["explainer"] = nl.ChatExplainer(chat, images=given.shown)
+    if given.chat_model and given.model is None:
+        more["visual_simulator"] = nl.MaskSimulator(nl.AnnotationSegmenter())
+    studies = {
+        sampling: nl.explain_neurons(
+            vlm, atlas, neurons, kinds=kinds, sampling=sampling,
+            out=given.out / sampling, progress=True, **more,
+        )
+        for sampling in ("top", "random")
+    }  # fmt: skip
+    print(f"\n{'category':<11} {'n':>4}  {'top':<22} {'random':<22} {'null':>6}  top - random")
+    for category in CATEGORIES:
+        top, random = (studies[name].summary().get(category) for name in ("top", "random"))
+        if top is None or random is None:
+            print(f"{category:<11}    0")
+            continue
+        print(
+            f"{category:<11} {top.neurons:>4}  {shown(top.mean, top.interval):<22} "
+            f"{shown(random.mean, random.interval):<22} {shown(top.null, None):>6}  "
+            f"{difference(studies['top'], studies['random'], category)}"
+        )
+    print("\n95 % bootstrap intervals over neurons; the null is that of the explanations from top.")
+
+
+def shown(mean: float | None, interval: tuple[float, float] | None) -> str:
+    if mean is None or interval is None:
+        return "-" if mean is None else f"{mean:.3f}"
+    return f"{mean:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def difference(top: nl.Study, random: nl.Study, category: str) -> str:
+    """Mean over neurons of the paired difference, with its interval."""
+    both = [
+        top[n].score.value - random[n].score.value
+        for n in top
+        if n in random and top[n].category == category and None not in (value(top[n]), value(random[n]))
+    ]
+    draws = np.random.default_rng(0).choice(both, (2000, len(both))).mean(1)
+    return shown(float(np.mean(both)), tuple(np.percentile(draws, [2.5, 97.5]))) if both else "-"
+
+
+def value(record: object) -> float | None:
+    return record.score.value if record.score else None
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("table2"))
+    parser.add_argument("--scenes", type=int, default=400, help="of the testbed")
+    parser.add_argument("--neurons", type=int, default=60, help="of each category, at most")
+    parser.add_argument("--model", help="a vision-language model; the testbed if not given")
+    parser.add_argument("--samples", type=Path, help="JSONL or LLaVA's conversations")
+    parser.add_argument("--images", type=Path, help="folder of the samples' images")
+    parser.add_argument("--chat-model", help="explain and simulate by asking this model")
+    parser.add_argument("--base-url", help="of a server other than OpenAI's")
+    parser.add_argument("--shown", choices=("modulated", "raw"), default="modulated")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
