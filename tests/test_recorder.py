@@ -7,6 +7,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,14 @@ from transformers.generation import utils as generation
 
 import neuronlens as nl
 from neuronlens import testbed
+from neuronlens.activations import Routed
 from neuronlens.errors import CaptureError, UnknownNameError
 from neuronlens.hooks import hooked
 from neuronlens.tokens import Role
+from zoo import entries
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+ZOO = entries()
 
 
 # An independent reference: the whole model, written out from its weights.
@@ -786,3 +790,239 @@ def test_a_follower_of_two_runs_is_refused(vlm, asked):
         vlm.model(**asked.inputs)
     with pytest.raises(CaptureError, match="2 sequences"):
         recorder.follow(torch.zeros(1, 1, dtype=torch.long))
+
+
+# A forward that ends early.
+
+
+class Copied(Kept):
+    """A sink that keeps a copy."""
+
+    def take(self, site, activation, tokens) -> None:
+        copied = activation.copy() if isinstance(activation, Routed) else activation.clone()
+        super().take(site, copied, tokens)
+
+
+def assert_same_bits(one, other) -> None:
+    if isinstance(one, Routed):
+        assert torch.equal(one.expert, other.expert)
+        one, other = one.values, other.values
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def forwards_of(model) -> dict[str, int]:
+    """Counts, from now on, how often each module has run."""
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+
+        def count(_module, _args, _out, name=name) -> None:
+            counts[name] = counts.get(name, 0) + 1
+
+        module.register_forward_hook(count)
+    return counts
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "sites", ["vision.1", "projector", "language.0", ["language.2", "vision.0"], None], ids=str
+)
+def test_a_stopped_forward_hands_over_the_bits_of_a_whole_one(vlm, batch, sites):
+    whole, stopped = Kept(), Kept()
+    with nl.record(vlm, sites, whole, batch.tokens):
+        vlm.model(**batch.inputs)
+    with nl.record(vlm, sites, stopped, batch.tokens, stop=True):
+        vlm.model(**batch.inputs)
+    assert stopped.sites == whole.sites == [site.name for site in vlm.select(sites)]
+    for name in whole.sites:
+        assert torch.equal(stopped.activations[name], whole.activations[name])
+
+
+@torch.inference_mode()
+def test_nothing_behind_the_deepest_chosen_site_is_run(bed, batch):
+    model = copy.deepcopy(bed.model)
+    vlm, ran = nl.adapt(model, bed.processor), forwards_of(model)
+    with nl.record(vlm, ["language.1", "vision.0"], Kept(), batch.tokens, stop=True):
+        vlm.model(**batch.inputs)
+        ran["what stands behind the forward"] = 1
+    layers = "model.language_model.layers"
+    assert ran[f"{layers}.1.mlp.gate_proj"] == 1
+    assert not {f"{layers}.1.mlp.down_proj", f"{layers}.2.mlp.gate_proj", "lm_head"} & set(ran)
+    assert "what stands behind the forward" not in ran
+    with nl.record(vlm, ["language.1", "vision.0"], Kept(), batch.tokens):
+        vlm.model(**batch.inputs)
+    assert ran[f"{layers}.1.mlp.down_proj"] == ran["lm_head"] == 1  # unless it is asked to stop
+
+
+ENDED = [
+    "llava",
+    "qwen2_5_vl",
+    "mllama",
+    "instructblip",
+    "idefics",
+    "florence2",
+    "blip-2+t5",
+    "qwen3_vl_moe",
+    "llama4",
+    "gemma3",
+    "gemma4",
+    "paligemma",
+    "lfm2_vl",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ENDED)
+def test_every_site_can_be_the_last_and_the_model_is_afterwards_what_it_was(name):
+    entry = ZOO[name]
+    model = entry.model()
+    vlm, inputs = nl.adapt(model), entry.inputs(model, entry.images())
+    tokens, whole = vlm.tokens(inputs), Copied()
+    plain = model(**inputs).logits
+    with nl.record(vlm, None, whole, tokens):
+        model(**inputs)
+    hooks = hooks_of(model)
+    for site in vlm.sites:
+        stopped = Copied()
+        ended = True
+        with nl.record(vlm, site, stopped, tokens, stop=True):
+            model(**inputs)
+            ended = False
+        assert ended
+        assert stopped.sites == [site]
+        assert_same_bits(stopped.activations[site], whole.activations[site])
+        assert hooks_of(model) == hooks
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["internvl", "blip-2", "llava"])
+def test_weights_that_were_brought_in_for_a_stopped_forward_are_taken_away_again(name):
+    entry = ZOO[name]
+    model = entry.model()
+    inputs = entry.inputs(model, entry.images())
+    plain = model(**inputs).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    vlm = nl.adapt(model)
+    assert torch.equal(model(**inputs).logits, plain)
+
+    def away() -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.is_meta]
+
+    before = away()
+    assert before
+    for site in vlm.sites:
+        with nl.record(vlm, site, Kept(), vlm.tokens(inputs), stop=True):
+            model(**inputs)
+        assert away() == before
+    assert torch.equal(model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_a_chosen_site_that_is_left_out_lets_the_forward_run_to_its_end():
+    entry = ZOO["mllama"]
+    model = entry.model()
+    vlm = nl.adapt(model)
+    conditional = next(site for site in vlm.sites.values() if "conditional" in site.flags)
+    ids = torch.tensor([[1, 5, 7]])
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sink, logits = Kept(), None
+    with nl.record(vlm, ["language.0", conditional], sink, vlm.tokens(text), stop=True):
+        logits = model(**text).logits
+    assert sink.sites == ["language.0"]
+    assert torch.equal(logits, model(**text).logits)
+
+
+@torch.no_grad()
+def test_a_kernel_that_goes_around_a_block_is_missed_although_the_forward_is_stopped():
+    entry = ZOO["lfm2_vl"]
+    model = entry.model()
+    vlm, inputs = nl.adapt(model), entry.inputs(model, entry.images())
+    site = next(s for s in vlm.sites.values() if type(vlm.tap(s)).__name__ == "Functional")
+    last = max(s.layer for s in vlm.sites.values() if s.module == site.module)
+    site = vlm.sites[f"{site.module}.{last}"]
+    tap = vlm.tap(site)
+    block = model.get_submodule(tap.path)
+    before = model.get_submodule(tap.before)
+    block.forward = lambda x: x + before(x).sum() * 0
+    for stop in (False, True):
+        with (
+            pytest.raises(CaptureError, match=rf"{site.name}"),
+            nl.record(vlm, site, Kept(), vlm.tokens(inputs), stop=stop),
+        ):
+            model(**inputs)
+
+
+def test_a_site_that_never_runs_is_missed_although_a_stop_was_asked_for(vlm):
+    text = {"input_ids": torch.tensor([[1, 5, 7]])}
+    with (
+        pytest.raises(CaptureError, match=r"vision\.0.*with an image"),
+        nl.record(vlm, ["vision.0", "language.0"], Kept(), vlm.tokens(text), stop=True),
+    ):
+        vlm.model(**text)
+
+
+class Broken:
+    """A sink that cannot take anything."""
+
+    def take(self, site, activation, tokens) -> None:
+        raise ArithmeticError(site.name)
+
+
+def test_errors_in_a_block_that_would_stop_are_the_users(vlm, asked):
+    before = hooks_of(vlm.model)
+    with (
+        pytest.raises(ArithmeticError, match="mine"),
+        nl.record(vlm, "language.0", Kept(), asked.tokens, stop=True),
+    ):
+        raise ArithmeticError("mine")
+    with (
+        pytest.raises(ArithmeticError, match=r"language\.0"),
+        nl.record(vlm, "language.0", Broken(), asked.tokens, stop=True),
+    ):
+        vlm.model(**asked.inputs)
+    assert hooks_of(vlm.model) == before
+
+
+@torch.inference_mode()
+def test_the_block_within_another_that_is_stopped_ends_with_it(vlm, asked):
+    outer, inner, before = Kept(), Kept(), hooks_of(vlm.model)
+    with nl.record(vlm, "language.0", outer, asked.tokens, stop=True):
+        with nl.record(vlm, "language.2", inner, asked.tokens, stop=True):
+            vlm.model(**asked.inputs)
+        pytest.fail("the outer block goes on")
+    assert (outer.sites, inner.sites) == (["language.0"], [])
+    with (
+        pytest.raises(CaptureError, match="never ran"),
+        nl.record(vlm, "language.2", outer, asked.tokens),
+        nl.record(vlm, "language.0", inner, asked.tokens, stop=True),
+    ):
+        vlm.model(**asked.inputs)
+    assert hooks_of(vlm.model) == before
+
+
+class Silent:
+    """A sink that keeps nothing."""
+
+    def take(self, site, activation, tokens) -> None:
+        return
+
+
+def test_a_stopped_forward_keeps_nothing_alive(vlm, asked):
+    alive = []
+    module = vlm.model.get_submodule("model.language_model.layers.0")
+    hook = module.register_forward_pre_hook(
+        lambda _m, args: alive.append(weakref.ref(args[0]))
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with (
+            torch.inference_mode(),
+            nl.record(vlm, "language.0", Silent(), asked.tokens, stop=True),
+        ):
+            vlm.model(**asked.inputs)
+        assert len(alive) == 1
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+        hook.remove()

@@ -252,6 +252,60 @@ def test_an_annotation_in_a_file_names_its_regions_and_its_image(tmp_path):
     ]
 
 
+def test_a_label_map_in_colour_has_the_numbers_of_cocos_panoptic_maps(tmp_path):
+    colours = np.array([[[1, 0, 0], [0, 1, 0], [0, 0, 1], [255, 255, 255]]], np.uint8)
+    Image.fromarray(colours).save(tmp_path / "colours.png")
+    for place, number in enumerate((1, 256, 65_536, 2**24 - 1)):
+        mask = nl.Annotation(("cat",), tmp_path / "colours.png", number).mask()
+        assert mask.tolist() == [[each == place for each in range(4)]]
+
+
+def test_a_label_map_with_other_than_one_or_three_values_per_pixel_is_refused(tmp_path):
+    for mode in ("RGBA", "LA"):
+        Image.new(mode, (3, 3)).save(tmp_path / f"{mode}.png")
+        with pytest.raises(DataError, match=rf"{mode}\.png has {len(mode)} values per pixel"):
+            nl.Annotation(("cat",), tmp_path / f"{mode}.png").mask()
+
+
+def test_an_outline_in_a_file_is_a_named_region(tmp_path):
+    runs = {"size": [2, 3], "image": 1, "names": ["dog"]}
+    path = write_jsonl(
+        tmp_path / "data.jsonl",
+        {
+            "prompt": "?",
+            "annotations": [{"labels": "m.png", "names": {"1": ["sky"]}}],
+            "regions": [
+                {"names": ["cat", "black"], "size": [4, 4], "polygons": [[0, 0, 2, 0, 2, 4, 0, 4]]},
+                runs | {"counts": [1, 2, 3]},
+                runs | {"counts": "123"},
+            ],
+        },
+    )
+    sky, cat, *dogs = nl.read_samples(path)[0].annotations
+    assert (sky.names, cat.names, cat.image) == (("sky",), ("cat", "black"), 0)
+    assert cat.mask().tolist() == [[True, True, False, False]] * 4
+    for dog in dogs:
+        assert (dog.names, dog.image) == (("dog",), 1)
+        assert dog.mask().tolist() == [[False, True, False], [True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("region", "said"),
+    [
+        ({"counts": [1, 2]}, "cover 3 pixels of an image of 2 x 3"),
+        ({"counts": "~"}, "no COCO text"),
+        ({"polygons": [[1, 2, 3]]}, "no even number"),
+        ({}, "either polygons or counts"),
+        ({"polygon": [[1, 2]]}, r"regions\.0\.polygon: Extra"),
+        ({"polygons": [1, 2]}, r"regions\.0\.polygons\.0"),
+    ],
+)
+def test_a_region_in_a_file_that_cannot_be_is_named_by_its_line(tmp_path, region, said):
+    row = {"prompt": "?", "regions": [{"names": ["cat"], "size": [2, 3]} | region]}
+    with pytest.raises(DataError, match=rf"data\.jsonl, line 1: .*{said}"):
+        nl.read_samples(write_jsonl(tmp_path / "data.jsonl", row))
+
+
 def test_a_label_map_that_cannot_be_read_is_a_data_error_that_names_it(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     for name in ("broken.png", "absent.png"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -19,14 +20,19 @@ SAID = ("<bos>", " the", " red", " box", " the", " Red", " cat")
 class Columns:
     """Finds each phrase in the pixel columns it is given for; by image where these differ."""
 
+    name = "Columns"
+
     def __init__(self, columns, width: int) -> None:
         self.columns = columns
         self.width = width
-        self.asked: list[tuple[int, tuple[str, ...]]] = []
+        self.asked: list[tuple[str, int, tuple[str, ...]]] = []
+        self.last = lambda: None
 
     def segment(self, sample, image, phrases):
-        self.asked.append((image, tuple(phrases)))
+        assert self.last() is None, "the masks of another image are still kept"
+        self.asked.append((sample.id, image, tuple(phrases)))
         masks = np.zeros((len(phrases), CELL, self.width), bool)
+        self.last = weakref.ref(masks)
         for mask, phrase in zip(masks, phrases, strict=True):
             where = self.columns.get((image, phrase), self.columns.get(phrase, slice(0)))
             mask[:, where] = True
@@ -50,7 +56,7 @@ def spelled(words, predicts=False, pieces=SAID, roles="sprrrrr"):
 
 def test_a_simulators_job_has_no_place_for_true_activations():
     fields = {field.name for field in dataclasses.fields(SimulationJob)}
-    assert fields == {"explanation", "sample", "tokens"}
+    assert fields == {"explanation", "sample", "tokens", "text_roles"}
     assert set(Explanation.model_fields) == {
         "sentence",
         "phrases",
@@ -58,6 +64,8 @@ def test_a_simulators_job_has_no_place_for_true_activations():
         "predicts",
         "explainer",
         "ties",
+        "confidence",
+        "asked",
     }
 
 
@@ -96,13 +104,8 @@ def test_only_visual_tokens_with_a_box_are_simulated(soft):
 
 
 def test_each_image_is_covered_by_its_own_mask():
-    tokens = token_map("vvvv")
-    image, box = tokens.image.clone(), tokens.box.clone()
-    image[2:] = 1
-    box[2:] = box[:2]
     where = {(0, "red"): slice(0, 8), (1, "red"): slice(8, 16)}
-    values = masked(where, "vvvv", tokens=replace(tokens, image=image, box=box))
-    assert values == [1, 0, 0, 1]
+    assert masked(where, "vvvv", tokens=two_images()) == [1, 0, 0, 1]
 
 
 def test_without_a_phrase_there_is_nothing_to_look_for():
@@ -111,13 +114,99 @@ def test_without_a_phrase_there_is_nothing_to_look_for():
     assert "no phrase" in answer.reason
 
 
-def test_the_segmenter_is_asked_once_per_image_for_all_phrases():
-    segmenter = Columns({}, 24)
-    job = SimulationJob(
-        Explanation(sentence="", phrases=("red", "blue")), scene(3), token_map("vvv")
+def two_images(roles="vvvv"):
+    """The first half of the tokens sees one image, the second another one."""
+    tokens = token_map(roles)
+    image, box = tokens.image.clone(), tokens.box.clone()
+    half = len(roles) // 2
+    image[half:] = 1
+    box[half:] = box[:half]
+    return replace(tokens, image=image, box=box)
+
+
+def jobs_for(*asked):
+    return [SimulationJob(Explanation(sentence="", phrases=p), s, t) for p, s, t in asked]
+
+
+def test_the_segmenter_is_asked_once_per_image_for_the_phrases_of_all_jobs():
+    segmenter = Columns({"red": slice(8)}, 24)
+    one, other = scene(3, id="one"), scene(3, id="other")
+    both, alone, again = two_images(), token_map("vvv"), token_map("vvv")
+    jobs = jobs_for(
+        (("red", "blue"), one, both),
+        (("red",), other, alone),
+        (("green", "red"), one, alone),
+        ((), other, alone),
+        (("green",), other, again),
     )
-    MaskSimulator(segmenter).simulate([job])
-    assert segmenter.asked == [(0, ("red", "blue"))]
+    answers = MaskSimulator(segmenter).simulate(jobs)
+    assert segmenter.asked == [
+        ("one", 0, ("red", "blue", "green")),
+        ("one", 1, ("red", "blue")),
+        ("other", 0, ("red", "green")),
+    ]
+    values = [each.values.tolist() if isinstance(each, nl.Simulation) else None for each in answers]
+    assert values == [[1, 0, 1, 0], [1, 0, 0], [1, 0, 0], None, [0, 0, 0]]
+
+
+def test_jobs_together_are_answered_as_each_alone():
+    where = {"red": slice(0, 5), "blue": slice(9, 14), (1, "red"): slice(8, 15)}
+    samples = [scene(3, id=name) for name in "ab"]
+    maps = [two_images(), token_map("svvvr"), two_images("vrvr")]
+    phrases = [("red",), ("blue",), ("blue", "red"), ("green",), ()]
+    jobs = jobs_for(*[(p, s, t) for p in phrases for s in samples for t in maps])
+    together = MaskSimulator(Columns(where, 24), soft=True).simulate(jobs)
+    for job, answer in zip(jobs, together, strict=True):
+        (alone,) = MaskSimulator(Columns(where, 24), soft=True).simulate([job])
+        assert (
+            isinstance(alone, Failure)
+            == isinstance(answer, Failure)
+            == (not job.explanation.phrases)
+        )
+        if isinstance(alone, nl.Simulation):
+            np.testing.assert_array_equal(answer.values, alone.values)
+
+
+def test_a_sample_that_cannot_be_segmented_fails_its_own_jobs_only(tmp_path):
+    good = scene(3, {"red": [1]}, id="good")
+    bad = replace(good, id="bad", images=(tmp_path / "gone.png",))
+    wrong = replace(good, id="wrong", images=(good.images[0].resize((5, 5)),))
+    tokens = token_map("vvv")
+    jobs = jobs_for(
+        (("red",), bad, tokens),
+        (("red",), good, tokens),
+        (("blue",), bad, tokens),
+        (("red",), wrong, tokens),
+        ((), bad, tokens),
+    )
+    first, second, third, fourth, fifth = MaskSimulator(nl.AnnotationSegmenter()).simulate(jobs)
+    for each in (first, third):
+        assert isinstance(each, Failure)
+        assert each.reason.startswith("AnnotationSegmenter failed: Sample 'bad', missing image")
+    assert second.values.tolist() == [0, 1, 0]
+    assert "labels of its size" in fourth.reason
+    assert "no phrase" in fifth.reason
+
+
+def test_a_failure_in_one_image_of_several_leaves_no_half_an_answer():
+    class Second(Columns):
+        def segment(self, sample, image, phrases):
+            if image == 1:
+                raise nl.errors.SegmenterError("the second image is odd")
+            return super().segment(sample, image, phrases)
+
+    jobs = jobs_for((("red",), scene(2), two_images()))
+    (answer,) = MaskSimulator(Second({"red": slice(8)}, 16)).simulate(jobs)
+    assert answer == Failure("Columns failed: the second image is odd")
+
+
+def test_a_mistake_in_the_program_is_not_taken_for_a_failed_sample():
+    class Mistaken(Columns):
+        def segment(self, sample, image, phrases):
+            raise TypeError("no such argument")
+
+    with pytest.raises(TypeError, match="no such argument"):
+        MaskSimulator(Mistaken({}, 8)).simulate(jobs_for((("red",), scene(1), token_map("v"))))
 
 
 def test_samples_that_share_a_token_map_are_covered_by_their_own_masks():

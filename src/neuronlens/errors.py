@@ -78,6 +78,14 @@ class BudgetError(NeuronLensError, RuntimeError):
     """The next request could cost more than the budget allows; everything answered is kept."""
 
 
+class SegmenterError(NeuronLensError, ValueError):
+    """A segmenter is put together wrongly, or its model answered with something unusable."""
+
+
+class MissingSegmenterError(SegmenterError, ImportError):
+    """A package is needed that no extra of neuronlens brings; the message says where it is."""
+
+
 class MissingExtraError(NeuronLensError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

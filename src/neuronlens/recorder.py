@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, SiteSelection
 from neuronlens.errors import AdapterError, CaptureError
 from neuronlens.hooks import (
+    Call,
     Point,
     attached,
     overheard,
@@ -45,9 +46,18 @@ class Sink(Protocol):
         ...
 
 
+class _Stopped(Exception):  # noqa: N818
+    """Ends the forward of a block that needs no more of it; no user sees it."""
+
+
 @contextmanager
 def record(
-    adapter: ModelAdapter, sites: SiteSelection, sink: Sink, tokens: Mapping[str, TokenMap]
+    adapter: ModelAdapter,
+    sites: SiteSelection,
+    sink: Sink,
+    tokens: Mapping[str, TokenMap],
+    *,
+    stop: bool = False,
 ) -> Iterator[None]:
     """Pass every chosen site's activations to `sink` during one forward in the block.
 
@@ -56,6 +66,8 @@ def record(
         sites: Sites, modules, names, or None for every site.
         sink: Takes the activations, site by site, as they are computed.
         tokens: The token map of each stream, from `encode` or `adapter.tokens`.
+        stop: Whether to end the forward, and with it the block (what stands behind the forward
+            is not run), when every chosen site has passed its activations.
 
     Raises:
         CaptureError: If a site did not run, ran twice, or its output is not shaped like
@@ -92,11 +104,53 @@ def record(
         sink.take(site, whole, there)
 
     refuse_compiled(adapter.model)
-    with uncompiled(), attached(_reading(adapter, chosen, see), _conditional(chosen)):
-        yield
+    points = _reading(adapter, chosen, see)
+    if stop:
+        points = _stopping(points, lambda: len(done) == len(chosen), done)
+    with uncompiled(), attached(points, _conditional(chosen)):
+        try:
+            yield
+        except _Stopped as stopped:
+            if stopped.args[0] is not done:
+                raise
+            _put_away(adapter.model)
     for name, parts in waiting.items():
         if parts and name not in done:
             _on_stream(chosen[name], parts, tokens[chosen[name].stream])
+
+
+def _stopping(
+    points: Mapping[str, Sequence[Point]], is_complete: Callable[[], bool], of: object
+) -> dict[str, list[Point]]:
+    """Points of which the last that is needed ends the forward.
+
+    Every one of them has run by then: a point that a fused kernel went around is still missed.
+    """
+    ahead = {(name, i) for name, several in points.items() for i in range(len(several))}
+
+    def then_stop(point: Point, key: tuple[str, int]) -> Point:
+        def hook(call: Call) -> Any:
+            new = point.hook(call)
+            ahead.discard(key)
+            if not ahead and is_complete():
+                raise _Stopped(of)
+            return new
+
+        return replace(point, hook=hook)
+
+    return {
+        name: [then_stop(point, (name, i)) for i, point in enumerate(several)]
+        for name, several in points.items()
+    }
+
+
+def _put_away(model: nn.Module) -> None:
+    """Let accelerate take away the weights it had brought in for the modules that were left."""
+    for module in model.modules():
+        outer: Any = getattr(module, "_hf_hook", None)
+        offloads = any(getattr(h, "offload", False) for h in getattr(outer, "hooks", (outer,)))
+        if offloads and not all(p.is_meta for p in module.parameters(recurse=False)):
+            outer.post_forward(module, None)
 
 
 def _reading(

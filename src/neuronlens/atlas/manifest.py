@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from neuronlens.errors import AtlasError, SampleError
 from neuronlens.neurons import NeuronSite
-from neuronlens.samples import LabelMap, Sample, SampleRow, image_digest
+from neuronlens.samples import LabelMap, Outline, Region, Sample, SampleRow, image_digest
 from neuronlens.tokens import Role
 
 FORMAT: Final = 2
@@ -151,7 +151,7 @@ class SampleRecord(SampleRow):
     Attributes:
         position: In the sequence that was scanned; what `top.ids` hold.
         digests: SHA-256 of each image.
-        in_memory: Whether an image or annotation was no file, so that the sample must be
+        in_memory: Whether an image or a label map was no file, so that the sample must be
             passed again to be looked at.
     """
 
@@ -162,13 +162,19 @@ class SampleRecord(SampleRow):
     @classmethod
     def of(cls, sample: Sample, position: int) -> SampleRecord:
         """The record of a sample."""
-        paths = [str(source) for source in sample.images if isinstance(source, Path)]
+        paths = [str(source.absolute()) for source in sample.images if isinstance(source, Path)]
         labels: dict[tuple[str, int], dict[int, list[str]]] = {}
+        regions: list[Region] = []
         in_memory = len(paths) < len(sample.images)
         for each in sample.annotations:
             if isinstance(each.labels, Path):
-                named = labels.setdefault((str(each.labels), each.image), {})
-                named[each.number] = list(each.names)
+                named = labels.setdefault((str(each.labels.absolute()), each.image), {})
+                named.setdefault(each.number, []).extend(each.names)
+            elif isinstance(each.labels, Outline):
+                size, text = each.labels.size, each.labels.text()
+                regions.append(
+                    Region(names=list(each.names), size=size, counts=text, image=each.image)
+                )
             else:
                 in_memory = True
         return cls(
@@ -181,6 +187,7 @@ class SampleRecord(SampleRow):
                 LabelMap(labels=path, names=names, image=image)
                 for (path, image), names in labels.items()
             ],
+            regions=regions,
             position=position,
             digests=[image_digest(source) for source in sample.images],
             in_memory=in_memory,

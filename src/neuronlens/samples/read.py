@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from neuronlens.errors import DataError
+from neuronlens.samples.outline import Outline
 from neuronlens.samples.sample import Annotation, Sample
 
 
@@ -22,10 +23,48 @@ class LabelMap(BaseModel):
     image: int = 0
 
 
+class Region(BaseModel):
+    """One named region as a file has it: an outline, as COCO writes it.
+
+    Attributes:
+        names: Every concept it is an instance of.
+        size: Height and width of the image in pixels.
+        polygons: As in `Outline`; empty if there are counts.
+        counts: As in `Outline`: a list or COCO's text.
+        image: Number of the image within its sample.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    names: list[str]
+    size: tuple[int, int]
+    polygons: list[list[float]] = Field(default_factory=list)
+    counts: str | list[int] | None = None
+    image: int = 0
+
+    def outline(self) -> Outline:
+        """Its outline, checked here only: an atlas holds many that are never looked at.
+
+        Raises:
+            DataError: If it is none.
+        """
+        return Outline(self.size, self.polygons, self.counts)
+
+
 class SampleRow(BaseModel):
     """A sample as a line of JSON; paths are relative to the file's folder.
 
     Other fields are ignored.
+
+    Attributes:
+        id: Unique within the file.
+        image: File, or files, of the image.
+        prompt: What is asked.
+        response: What is said.
+        domain: Name of the domain.
+        annotations: Named regions as label maps: `{"labels": "masks/1.png", "names": {"1":
+            ["cat", "animal"]}}`.
+        regions: Named regions as outlines: `{"names": ["cat", "animal"], "size": [480, 640],
+            "polygons": [[10, 10, 20, 10, 20, 20]]}`, or with `counts` in place of `polygons`.
     """
 
     id: str | int | None = None
@@ -34,21 +73,30 @@ class SampleRow(BaseModel):
     response: str | None = None
     domain: str | None = None
     annotations: list[LabelMap] = Field(default_factory=list)
+    regions: list[Region] = Field(default_factory=list)
 
     def sample(self, folder: Path, fallback_id: str) -> Sample:
-        """The sample, with its paths made absolute."""
+        """The sample, with its paths made absolute.
+
+        Raises:
+            DataError: If one of `regions` has no outline that can be.
+        """
         names = [self.image] if isinstance(self.image, str) else (self.image or [])
+        mapped = [
+            Annotation(tuple(called), (folder / each.labels).resolve(), number, each.image)
+            for each in self.annotations
+            for number, called in each.names.items()
+        ]
+        outlined = [
+            Annotation(tuple(each.names), each.outline(), image=each.image) for each in self.regions
+        ]
         return Sample(
             id=fallback_id if self.id is None else str(self.id),
             images=tuple((folder / name).resolve() for name in names),
             prompt=self.prompt,
             response=self.response,
             domain=self.domain,
-            annotations=tuple(
-                Annotation(tuple(called), (folder / each.labels).resolve(), number, each.image)
-                for each in self.annotations
-                for number, called in each.names.items()
-            ),
+            annotations=(*mapped, *outlined),
         )
 
 
@@ -77,8 +125,8 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
 
     Args:
         path: A `.jsonl` with `image`, `prompt` and optionally `id`, `response`, `domain`,
-            `annotations` per line (see `SampleRow`); or a `.json` list of records with
-            `image` and `conversations`, of which the first exchange is read.
+            `annotations` and `regions` per line (see `SampleRow`); or a `.json` list of records
+            with `image` and `conversations`, of which the first exchange is read.
         images: Folder of the images, if not that of the file.
 
     Returns:
@@ -116,9 +164,12 @@ def _read_jsonl(path: Path, folder: Path) -> Iterator[Sample]:
             if line.strip():
                 try:
                     row = SampleRow.model_validate_json(line)
+                    sample = row.sample(folder, str(number - 1))
                 except ValidationError as error:
-                    raise DataError(f"{path}, line {number}: {_first(error)}") from error
-                yield row.sample(folder, str(number - 1))
+                    raise DataError(f"{path}, line {number}: {first_fault(error)}") from error
+                except DataError as error:
+                    raise DataError(f"{path}, line {number}: {error}") from error
+                yield sample
 
 
 def _read_conversations(path: Path, folder: Path) -> Iterator[Sample]:
@@ -133,7 +184,7 @@ def _read_conversations(path: Path, folder: Path) -> Iterator[Sample]:
         try:
             read = _Conversation.model_validate(record)
         except ValidationError as error:
-            raise DataError(f"{path}, record {number}: {_first(error)}") from error
+            raise DataError(f"{path}, record {number}: {first_fault(error)}") from error
         turns = read.conversations
         exchange = first_exchange(turns)
         if exchange is None:
@@ -155,7 +206,8 @@ def _read_conversations(path: Path, folder: Path) -> Iterator[Sample]:
         )
 
 
-def _first(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
+    """The first field that is wrong, and how."""
     first = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"]) or "the line"
     return f"{where}: {first['msg']}."

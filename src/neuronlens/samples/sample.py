@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from neuronlens.errors import DataError, SampleError
+from neuronlens.samples.outline import Outline
 
 Picture = Path | Image.Image | bytes
 """A file, a picture in memory, or the bytes of a file."""
@@ -26,18 +27,25 @@ class Annotation:
     Attributes:
         names: Every concept the region is an instance of, such as `("red", "circle")`.
         labels: A map of the image's size in which the region has the value `number`: an
-            array, or a path to a PNG.
-        number: Value of the region in `labels`.
+            array, or a path to a PNG. The value of a colour is red + 256 green + 65536 blue, as
+            COCO's panoptic maps have it. Or the region's outline alone.
+        number: Value of the region in `labels`; an outline has none.
         image: Number of the image within its sample.
     """
 
     names: tuple[str, ...]
-    labels: Path | NDArray[np.integer[Any]]
+    labels: Path | NDArray[np.integer[Any]] | Outline
     number: int = 1
     image: int = 0
 
     def mask(self) -> NDArray[np.bool_]:
-        """True inside the region, `[height, width]`."""
+        """True inside the region, `[height, width]`; that of an outline is read-only.
+
+        Raises:
+            DataError: If the label map cannot be read.
+        """
+        if isinstance(self.labels, Outline):
+            return self.labels.mask()
         labels = _read_labels(self.labels) if isinstance(self.labels, Path) else self.labels
         return np.asarray(labels == self.number)
 
@@ -46,9 +54,17 @@ class Annotation:
 def _read_labels(path: Path) -> NDArray[np.integer[Any]]:
     try:
         with Image.open(path) as image:
-            return np.array(image)
-    except (OSError, UnidentifiedImageError) as error:
+            labels = np.array(image)
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"The label map {path} cannot be read: {error}.") from error
+    if labels.ndim == 3 and labels.shape[-1] == 3:
+        return labels.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    if labels.ndim != 2:
+        raise DataError(
+            f"The label map {path} has {labels.shape[-1]} values per pixel. Save it with one, or "
+            "as a picture in red, green and blue."
+        )
+    return labels
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,8 @@
-"""The segmenter protocol, and the one that knows: a data set's own annotations."""
+"""The segmenter that knows: a data set's own annotations."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -11,17 +10,6 @@ from numpy.typing import NDArray
 
 from neuronlens.errors import DataError
 from neuronlens.samples import Annotation, Sample
-
-
-class Segmenter(Protocol):
-    """Finds what a phrase names in an image."""
-
-    def segment(self, sample: Sample, image: int, phrases: Sequence[str]) -> NDArray[np.bool_]:
-        """Masks `[phrase, height, width]` in the original image's pixels.
-
-        A phrase that names nothing in the image has an empty mask.
-        """
-        ...
 
 
 class AnnotationSegmenter:
@@ -33,6 +21,11 @@ class AnnotationSegmenter:
 
     def __init__(self) -> None:
         self._checked: WeakSet[Sample] = WeakSet()
+
+    @property
+    def name(self) -> str:
+        """The class: everything else is in the samples."""
+        return "AnnotationSegmenter"
 
     def segment(self, sample: Sample, image: int, phrases: Sequence[str]) -> NDArray[np.bool_]:
         """Masks `[phrase, height, width]`; empty where no annotation fits the phrase.

@@ -54,9 +54,9 @@ class Asks(Protocol):
 class ChatSimulator:
     """Text tokens: a chat model is given the explanation and the tokens, and gives levels.
 
-    Source: P1, sections 3.3 and B.3. There, the model fills in every token's value; here it
+    Source: P1, sections 3.3 and A.2. There, the model fills in every token's value; here it
     names only the tokens above 0, by number, so that a reply cannot slip against the tokens
-    (docs/methods.md, reading 18). A reply that stays invalid fails the job.
+    (docs/methods.md, row 18a). A reply that stays invalid fails the job.
 
     Attributes:
         chat: The chat model.

@@ -41,8 +41,8 @@ class ExpectedValueSimulator:
     Levels are written 0 to 10 where the tokenizer has each of these as one token, and A to K
     where it has not.
 
-    Source: the expectation over levels is that of P1's reference [1] for its simulator, read
-    from a local model since chat servers do not give an echoed prompt's probabilities.
+    Source: not P1, but Bills et al. (2023), whom P1 follows: they take the expectation over levels.
+    It is read from a local model, since chat servers do not give an echoed prompt's probabilities.
 
     Attributes:
         model: A language model, or a vision-language model that takes text alone.

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from neuronlens.errors import DataError, SampleError
+from neuronlens.errors import DataError, SampleError, SegmenterError
 from neuronlens.explanation import Failure
 from neuronlens.samples import Sample
-from neuronlens.segment import Segmenter, SegmenterError
+from neuronlens.segment import Segmenter
 from neuronlens.simulate.simulator import Simulation, SimulationJob
 from neuronlens.tokens import Role
 
@@ -38,6 +38,11 @@ class MaskSimulator:
 
     segmenter: Segmenter
     soft: bool = False
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What its predictions depend on, for a study's manifest."""
+        return {"segmenter": self.segmenter.name, "soft": self.soft}
 
     def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
         """Predict visual tokens that have a box."""

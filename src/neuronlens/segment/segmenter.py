@@ -1,0 +1,57 @@
+"""What every segmenter does, and how it is told apart from others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from jaxtyping import Bool
+from numpy import ndarray
+from PIL import Image
+
+from neuronlens.errors import SampleError
+from neuronlens.samples import Sample
+
+
+class Segmenter(Protocol):
+    """Finds what a phrase names in an image."""
+
+    @property
+    def name(self) -> str:
+        """Says what makes the masks: another name wherever the masks could be others.
+
+        Caches keep masks by it, and manifests carry it.
+        """
+        ...
+
+    def segment(
+        self, sample: Sample, image: int, phrases: Sequence[str]
+    ) -> Bool[ndarray, "phrase height width"]:
+        """Masks in the pixels of `sample.open_images()[image]`.
+
+        A phrase that names nothing in the image has an empty mask.
+        """
+        ...
+
+
+def clean(phrase: str) -> str:
+    """The phrase as detectors are asked for it, and as caches keep it.
+
+    Lower case, single spaces, nothing around it. Full stops and question marks become spaces:
+    Grounding DINO reads them as the end of one phrase and the start of the next.
+    """
+    return " ".join(phrase.lower().replace(".", " ").replace("?", " ").split())
+
+
+def open_image(sample: Sample, image: int) -> Image.Image:
+    """One image of a sample, RGB and upright.
+
+    Raises:
+        SampleError: If it is missing or not readable, or the sample has no such image.
+    """
+    images = sample.open_images()
+    if not 0 <= image < len(images):
+        raise SampleError(
+            sample.id, "no image", f"image {image} was asked for; it has {len(images)}."
+        )
+    return images[image]
