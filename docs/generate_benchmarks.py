@@ -36,6 +36,7 @@ from benchmark import (  # noqa: E402 - it is in docs
     reading,
     recording,
     scanning,
+    simulating,
 )
 from benchmark.apart import apart  # noqa: E402
 
@@ -102,6 +103,13 @@ PARTS = {
         2,
         {"middle_pairs": 12, "testbed_pairs": 50},
         {"middle_pairs": 2, "testbed_pairs": 4},
+    ),
+    "simulating": Part(
+        simulating.Simulating,
+        simulating.told,
+        2,
+        {"texts": 64, "tokens": 100, "rounds": 3},
+        {"texts": 4, "tokens": 20, "rounds": 1},
     ),
 }
 """Measurements by name, in the order of the page."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import neuronlens as nl
 
 CATEGORIES = ("visual", "text", "multimodal")
@@ -47,39 +46,22 @@ def main() -> None:
         )
         for sampling in ("top", "random")
     }  # fmt: skip
+    compared = studies["top"].compare(studies["random"])
     print(f"\n{'category':<11} {'n':>4}  {'top':<22} {'random':<22} {'null':>6}  top - random")
-    for category in CATEGORIES:
-        top, random = (studies[name].summary().get(category) for name in ("top", "random"))
-        if top is None or random is None:
-            print(f"{category:<11}    0")
-            continue
+    for category, paired in compared.items():
+        top, random = (studies[name].summary()[category] for name in ("top", "random"))
         print(
             f"{category:<11} {top.neurons:>4}  {shown(top.mean, top.interval):<22} "
-            f"{shown(random.mean, random.interval):<22} {shown(top.null, None):>6}  "
-            f"{difference(studies['top'], studies['random'], category)}"
+            f"{shown(random.mean, random.interval):<22} {shown(top.null):>6}  "
+            f"{shown(paired.mean, paired.interval)}"
         )
     print("\n95 % bootstrap intervals over neurons; the null is that of the explanations from top.")
 
 
-def shown(mean: float | None, interval: tuple[float, float] | None) -> str:
+def shown(mean: float | None, interval: tuple[float, float] | None = None) -> str:
     if mean is None or interval is None:
         return "-" if mean is None else f"{mean:.3f}"
     return f"{mean:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-
-
-def difference(top: nl.Study, random: nl.Study, category: str) -> str:
-    """Mean over neurons of the paired difference, with its interval."""
-    both = [
-        top[n].score.value - random[n].score.value
-        for n in top
-        if n in random and top[n].category == category and None not in (value(top[n]), value(random[n]))
-    ]
-    draws = np.random.default_rng(0).choice(both, (2000, len(both))).mean(1)
-    return shown(float(np.mean(both)), tuple(np.percentile(draws, [2.5, 97.5]))) if both else "-"
-
-
-def value(record: object) -> float | None:
-    return record.score.value if record.score else None
 
 
 def arguments() -> argparse.Namespace:
