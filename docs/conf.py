@@ -52,6 +52,8 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm wi
 
 NAMESPACES = {
     "neuronlens.testbed": nl.testbed.__all__,
+    "neuronlens.chat": nl.chat.__all__,
+    "neuronlens.segment": [name for name in nl.segment.__all__ if name not in nl.__all__],
     "neuronlens.adapters": [name for name in nl.adapters.__all__ if name not in nl.__all__],
     "neuronlens.testing": ["check_adapter", "Checked"],
 }

@@ -10,21 +10,23 @@ import pytest
 
 import neuronlens as nl
 from neuronlens import testbed
+from servers import chat_server
 
 ROOT = Path(__file__).parent.parent
 
 
-def block(language: str) -> str:
-    """The README's blocks of a language, as one text."""
+def blocks(language: str) -> list[str]:
+    """The README's blocks of a language."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("form", ["conversations", "jsonl"])
 def test_the_readme_example_runs_unchanged_on_either_kind_of_file(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     testbed.write("data", 60, seed=3)
-    code = block("python").replace('"llava-hf/llava-1.5-7b-hf"', repr(str(testbed.FOLDER)))
+    first, asking = blocks("python")
+    code = first.replace('"llava-hf/llava-1.5-7b-hf"', repr(str(testbed.FOLDER)))
     if form == "jsonl":
         code = code.replace('"detail_23k.json", images="train2017"', '"data/samples.jsonl"')
     else:
@@ -42,17 +44,27 @@ def test_the_readme_example_runs_unchanged_on_either_kind_of_file(form, tmp_path
             for row in rows
         ]
         Path("detail_23k.json").write_text(json.dumps(records))
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
     study = nl.Study.open("study")
     assert len(study) > 5
     if form == "jsonl":
         assert not study.failures()
     page = Path("page/index.html").read_text(encoding="utf-8")
     assert all(record.neuron in page for record in list(study.values())[:1])
+    if form == "jsonl":
+        # Visual neurons would load a detector; the text neurons only ask.
+        names["some"] = [n for n in study if study[n].category == "text"][:3]
+        with chat_server(tmp_path) as server:
+            monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+            exec(compile(asking, "README.md", "exec"), names)
+        assert len(nl.Study.open("asked").exchanges(names["some"][0])) == 1 + 5
 
 
 def test_ci_runs_exactly_the_readmes_test_command():
-    command = next(line for line in block("bash").splitlines() if line.endswith("nox -s tests"))
+    command = next(
+        line for line in "\n".join(blocks("bash")).splitlines() if line.endswith("nox -s tests")
+    )
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

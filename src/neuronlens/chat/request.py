@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ _PIECE = re.compile(r"\w+|[^\w\s]|[\n\t]")
 class Picture:
     """An image of a message, as the bytes of a JPEG file."""
 
-    jpeg: bytes
+    jpeg: bytes = field(repr=False)
 
     @classmethod
     def of(cls, image: Image.Image, quality: int = 90) -> Picture:
@@ -50,12 +50,24 @@ class Picture:
 Part = str | Picture
 
 
+def sendable(text: str) -> str:
+    """The text without lone surrogates, which neither a server nor a file would take."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation: who speaks, and texts and pictures in their order."""
+    """One turn of a conversation: who speaks, and texts and pictures in their order.
+
+    What no UTF-8 text can hold, half a surrogate pair, becomes a question mark.
+    """
 
     role: ChatRole
     parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        parts = tuple(sendable(p) if isinstance(p, str) else p for p in self.parts)
+        object.__setattr__(self, "parts", parts)
 
     @cached_property
     def canonical(self) -> str:
@@ -80,7 +92,7 @@ class Message:
 
     @cached_property
     def words(self) -> int:
-        """How many words, marks and line breaks its texts have: about as many as tokens."""
+        """About as many as tokens, counted as the words, marks and line breaks of its texts."""
         return len(_PIECE.findall(self.text))
 
 
@@ -114,7 +126,7 @@ class Request:
                 "messages": [message.digest for message in self.messages],
                 "answer": None if self.answer is None else schema_digest(self.answer),
                 "max_tokens": self.max_tokens,
-                "temperature": self.temperature,
+                "temperature": float(self.temperature),
                 "draw": self.draw,
             },
             sort_keys=True,

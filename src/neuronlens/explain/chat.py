@@ -20,6 +20,9 @@ from neuronlens.worked import WORKED_VERSION, WorkedExample, worked_examples
 Kind = Literal["visual", "text", "multimodal"]
 Images = Literal["modulated", "raw"]
 
+_QUOTED = json.JSONEncoder(ensure_ascii=False).encode
+"""What json.dumps makes anew for every token."""
+
 PROMPT_VERSION = f"1, worked examples {WORKED_VERSION}"
 """Changes whenever the words of a question do; a study's manifest carries it."""
 
@@ -90,7 +93,7 @@ class ChatExplainer:
     tokens with activations, a multi-modal neuron's both; eight worked neurons of the same
     kind precede them. The words are our own (docs/methods.md, reading 18).
 
-    Source: P1, sections 3.3, 4.5 and B.3.
+    Source: P1, sections 3.3, A.1 and B.3.
 
     Attributes:
         chat: The chat model; it must take images unless only text neurons are explained.
@@ -204,7 +207,7 @@ def kind_of(job: ExplanationJob) -> Kind | None:
 
 def listed(tokens: Sequence[tuple[str, int]]) -> str:
     """Tokens with their levels, and once more the strongest with what follows them."""
-    quoted = [json.dumps(piece, ensure_ascii=False) for piece, _ in tokens]
+    quoted = [_QUOTED(piece) for piece, _ in tokens]
     lines = [f"{token}\t{level}" for token, (_, level) in zip(quoted, tokens, strict=True)]
     strongest = sorted(
         (i for i, (_, level) in enumerate(tokens) if level > 0), key=lambda i: (-tokens[i][1], i)

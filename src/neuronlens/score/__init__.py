@@ -8,16 +8,18 @@ from neuronlens.score.agreement import (
     modality_score,
 )
 from neuronlens.score.neuron import Modality, Score, neuron_score
-from neuronlens.score.summary import Summary, summarise
+from neuronlens.score.summary import Difference, Summary, difference, summarise
 
 __all__ = [
     "Modality",
+    "Difference",
     "ModalityScore",
     "Score",
     "Summary",
     "Undefined",
     "Values",
     "correlation",
+    "difference",
     "modality_score",
     "neuron_score",
     "summarise",

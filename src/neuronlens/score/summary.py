@@ -53,6 +53,52 @@ class Summary(BaseModel):
     above_null: float | None = None
 
 
+class Difference(BaseModel):
+    """How much better the same neurons score in one study than in another.
+
+    Attributes:
+        mean: Mean over neurons of the difference of their scores; None without any.
+        interval: Of 95 %, by bootstrap over neurons; None for fewer than two.
+        neurons: How many have a score in both.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    mean: float | None
+    interval: Interval | None
+    neurons: int
+
+
+def difference(
+    scores: Sequence[Score],
+    others: Sequence[Score],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """The mean difference of paired scores; pairs with an undefined one are left out.
+
+    Args:
+        scores: One of each neuron.
+        others: Of the same neurons, in their order.
+        resamples: How often neurons are drawn for the interval.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: If there are not as many of both.
+    """
+    values = [
+        one.value - other.value
+        for one, other in zip(scores, others, strict=True)
+        if one.value is not None and other.value is not None
+    ]
+    return Difference(
+        mean=_mean(values) if values else None,
+        interval=mean_interval(values, resamples=resamples, seed=seed),
+        neurons=len(values),
+    )
+
+
 def summarise(
     scores: Sequence[Score],
     nulls: Sequence[Sequence[float]] | None = None,

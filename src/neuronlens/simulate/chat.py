@@ -17,6 +17,9 @@ from neuronlens.worked import WORKED_VERSION, WorkedExample, worked_examples
 
 Kind = Literal["text", "multimodal"]
 
+_QUOTED = json.JSONEncoder(ensure_ascii=False).encode
+"""What json.dumps makes anew for every token."""
+
 PROMPT_VERSION = f"1, worked examples {WORKED_VERSION}"
 """Changes whenever the words of a question do; a study's manifest carries it."""
 
@@ -134,8 +137,7 @@ def claim(sentence: str, predicts: bool) -> str:
 
 def numbered(pieces: Sequence[str]) -> str:
     """Tokens, one on each line: number, tab, token as a JSON string."""
-    lines = (f"{i}\t{json.dumps(piece, ensure_ascii=False)}" for i, piece in enumerate(pieces))
-    return "\n".join(lines)
+    return "\n".join([f"{i}\t{_QUOTED(piece)}" for i, piece in enumerate(pieces)])
 
 
 def _within(tokens: int) -> Callable[[TokenLevels], None]:

@@ -24,9 +24,9 @@ _DIGITS = tuple(str(level) for level in range(11))
 _LETTERS = tuple("ABCDEFGHIJK")
 
 _SYSTEM = """\
-One neuron of a vision-language model is described, and the tokens of a text are listed with the \
-neuron's activation after each: {labels}. A question mark stands for an activation that was not \
-measured. On most tokens a neuron does not fire.
+One neuron of a vision-language model is described, and the tokens of a text are listed, each with \
+the neuron's activation behind it: {labels}. Where no activation stands, it was not measured. On \
+most tokens a neuron does not fire.
 """
 
 
@@ -72,9 +72,7 @@ class ExpectedValueSimulator:
         self.reuse = reuse
         self._lines: dict[str, list[int]] = {}
         self.labels, self._label_ids = self._find_labels()
-        start = len(self._ids("\t"))
-        self._newline = self._ids("\tA\n")[start + 1 :]
-        self._question_mark = self._ids("\t?")[start:]
+        self._newline = self._ids("\tA\n")[len(self._ids("\tA")) :]
         takes = inspect.signature(model.forward).parameters
         self._takes_places = "logits_to_keep" in takes
 
@@ -166,7 +164,7 @@ class ExpectedValueSimulator:
             ids += self._ids(claim(example.sentence, example.predicts) + "\n")
             for i, (piece, level) in enumerate(tokens):
                 ids += self._line(piece)
-                label = [int(self._label_ids[level])] if i >= hidden else self._question_mark
+                label = [int(self._label_ids[level])] if i >= hidden else []
                 ids += [*label, *self._newline]
             ids += self._newline
         return ids
@@ -179,7 +177,7 @@ class ExpectedValueSimulator:
         for piece in pieces:
             ids += self._line(piece)
             places.append(len(ids) - 1)
-            ids += [*self._question_mark, *self._newline]
+            ids += self._newline
         return _Row(ids, places)
 
     def _find_labels(self) -> tuple[tuple[str, ...], Int[Tensor, " level"]]:
@@ -198,7 +196,8 @@ class ExpectedValueSimulator:
     def _line(self, piece: str) -> list[int]:
         """A listed token; the same ones come again and again."""
         if piece not in self._lines:
-            self._lines[piece] = self._ids(json.dumps(piece, ensure_ascii=False) + "\t")
+            # Escaped, a piece stays on its line; without quotation marks, the line is shorter.
+            self._lines[piece] = self._ids(json.dumps(piece, ensure_ascii=False)[1:-1] + "\t")
         return self._lines[piece]
 
     def _ids(self, text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ class SimulationJob:
     tokens: TokenMap
     text_roles: tuple[Role, ...] = TEXT_ROLES
 
-    @property
+    @cached_property
     def text(self) -> Bool[np.ndarray, " token"]:
         """True at the text tokens that count."""
         return np.asarray(self.tokens.is_role(*self.text_roles).numpy())
