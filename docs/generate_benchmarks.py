@@ -108,7 +108,7 @@ PARTS = {
         simulating.Simulating,
         simulating.told,
         2,
-        {"texts": 64, "tokens": 100, "rounds": 3},
+        {"texts": 16, "tokens": 50, "rounds": 1},
         {"texts": 4, "tokens": 20, "rounds": 1},
     ),
 }

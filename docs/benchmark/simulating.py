@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import neuronlens as nl
@@ -16,8 +16,11 @@ from benchmark.models import MIDDLE, SEVEN_BILLION
 from benchmark.spread import Spread, table
 
 SPECIAL = ("<pad>", "<s>", "</s>")
-ANSWER = '{"activations": {"10": 7, "24": 7}}'
-"""What a usual reply looks like; generating is measured for as many tokens."""
+SPARSE = '{"activations": {"10": 7, "24": 7}}'
+"""What a usual reply of ours looks like; generating is measured for as many tokens."""
+
+LISTED = "the\t0\n"
+"""A line of P1's reply, which has one for each token."""
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 
@@ -31,21 +34,26 @@ class Simulating:
         parameters: Of the language model.
         texts: How many were simulated.
         tokens: Of each text.
-        answer: Tokens that are generated for a reply.
+        sparse, listed: Tokens that are generated for a reply that names some tokens, and for one
+            that names all.
         batch_size: Texts together, of both.
-        expected, generated: Simulated tokens a second, by round.
-        ratio: Of the two, by round.
+        expected: Simulated tokens a second, by round.
+        by_sparse, by_listed: The same by generating, by round.
+        to_sparse, to_listed: How many times as fast the first is, by round.
     """
 
     device: str
     parameters: int
     texts: int
     tokens: int
-    answer: int
+    sparse: int
+    listed: int
     batch_size: int
     expected: Spread
-    generated: Spread
-    ratio: Spread
+    by_sparse: Spread
+    by_listed: Spread
+    to_sparse: Spread
+    to_listed: Spread
 
 
 def measure(texts: int, tokens: int, rounds: int, batch_size: int = 8) -> Simulating:
@@ -55,27 +63,36 @@ def measure(texts: int, tokens: int, rounds: int, batch_size: int = 8) -> Simula
     tokenizer = _tokenizer()
     model = _model(size["text"], device, torch.bfloat16 if on_gpu else torch.float32)
     jobs = _jobs(texts, tokens)
-    answer = len(tokenizer.encode(ANSWER, add_special_tokens=False))
+    sparse = len(tokenizer.encode(SPARSE, add_special_tokens=False))
+    listed = tokens * len(tokenizer.encode(LISTED, add_special_tokens=False))
     simulator = nl.ExpectedValueSimulator(model, tokenizer, batch_size=batch_size)
     chat = nl.chat.TransformersChat(model, tokenizer, attempts=1, batch_size=batch_size)
     generating = nl.ChatSimulator(chat)
     simulator.simulate(jobs[:batch_size])
-    expected, generated = [], []
+    speeds: dict[str, list[float]] = {"expected": [], "sparse": [], "listed": []}
+    some = [generating.request(job) for job in jobs[:batch_size]]
     for _ in range(rounds):
-        expected.append(texts * tokens / _seconds(lambda: simulator.simulate(jobs)))
-        some = jobs[:batch_size]
-        asked = [_bounded(generating.request(job), answer) for job in some]
-        generated.append(len(some) * tokens / _seconds(lambda asked=asked: chat.ask(asked)))
+        speeds["expected"].append(texts * tokens / _seconds(lambda: simulator.simulate(jobs)))
+        for name, most in (("sparse", sparse), ("listed", listed)):
+            asked = [_bounded(request, most) for request in some]
+            took = _seconds(lambda asked=asked: chat.ask(asked))
+            speeds[name].append(len(some) * tokens / took)
+
+    def faster(name: str) -> Spread:
+        pairs = zip(speeds["expected"], speeds[name], strict=True)
+        return Spread.of(one / other for one, other in pairs)
+
     return Simulating(
         torch.cuda.get_device_name() if on_gpu else "CPU",
         sum(each.numel() for each in model.parameters()),
         texts,
         tokens,
-        answer,
+        sparse,
+        listed,
         batch_size,
-        Spread.of(expected),
-        Spread.of(generated),
-        Spread.of(one / other for one, other in zip(expected, generated, strict=True)),
+        *(Spread.of(speeds[name]) for name in ("expected", "sparse", "listed")),
+        faster("sparse"),
+        faster("listed"),
     )
 
 
@@ -105,17 +122,32 @@ def _model(size: dict[str, Any], device: str, dtype: torch.dtype) -> LlamaForCau
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes: every token of a text costs more tokens than with a usual tokenizer, for both."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: number for number, word in enumerate((*SPECIAL, *letters))}
-    made = Tokenizer(models.BPE(vocab=words, merges=[]))
+    """Byte pairs learned from the prompts themselves: words are tokens, as in usual ones."""
+    made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
+    request = nl.ChatSimulator(_Silent()).request(_jobs(1, 50)[0])
+    made.train_from_iterator(
+        [message.text for message in request.messages],
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
+
+
+class _Silent:
+    """A chat model that is never asked."""
+
+    def ask(self, requests: object) -> list[Any]:
+        raise NotImplementedError
 
 
 def _jobs(texts: int, tokens: int) -> list[nl.SimulationJob]:
@@ -144,16 +176,23 @@ def _jobs(texts: int, tokens: int) -> list[nl.SimulationJob]:
 def told(found: Simulating) -> str:
     """The section of the page."""
     rows = [
-        ("expected value, one forward", f"{found.expected.median:,.0f}"),
-        (f"generating {found.answer} tokens of JSON", f"{found.generated.median:,.0f}"),
+        ("expected value, one forward", f"{found.expected.median:,.0f}", ""),
+        (
+            f"generating {found.sparse} tokens: some tokens by number",
+            f"{found.by_sparse.median:,.0f}",
+            found.to_sparse,
+        ),
+        (
+            f"generating {found.listed} tokens: a line for each, as P1",
+            f"{found.by_listed.median:,.0f}",
+            found.to_listed,
+        ),
     ]
     return "\n\n".join(
         [
             f"{found.device}; a Llama of {found.parameters / 1e6:,.0f} million random parameters "
-            f"for both, {found.texts:,} texts of {found.tokens} tokens, eight worked neurons "
-            f"before each, batches of {found.batch_size}. Each text's tokens are listed in bytes, "
-            "which makes a question longer than usual.",
-            table(["simulator", "simulated tokens a second"], rows),
-            f"The first is {found.ratio} times as fast.",
+            f"for all, {found.texts:,} texts of {found.tokens} tokens, eight worked neurons "
+            f"before each, batches of {found.batch_size}.",
+            table(["simulator", "simulated tokens a second", "expected value is faster by"], rows),
         ]
     )

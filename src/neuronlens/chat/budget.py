@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from dataclasses import dataclass
 
 from neuronlens.chat.replies import Usage
 from neuronlens.errors import BudgetError
 from neuronlens.show import Html, table
+
+TOKENS_PER_WORD = 1.3
+"""Of a prompt, before a server has counted."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Budget:
     """The most that may be spent; None sets no limit.
 
     Everything that the chat model's store of replies ever received counts, so a run that is
-    started again does not get the same budget twice.
+    started again does not get the same budget twice. A request is sent if the most that it may
+    cost still fits: completions are at most `max_tokens` long, prompts are estimated until the
+    first replies tell. What other processes spend meanwhile is seen when the store is opened.
 
     Attributes:
         price: In the currency of the prices.
@@ -98,8 +105,21 @@ class Estimate:
         )
 
 
+@dataclass(frozen=True)
+class Held:
+    """What is set aside for one request: the most it may cost, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    estimated: int
+
+
 class Purse:
-    """What was spent, what is in flight, and whether one more request fits the budget."""
+    """What was spent, what is in flight, and whether one more request fits the budget.
+
+    How many tokens a prompt has is only known once it was answered. It is taken to exceed its
+    estimate by the largest factor that was seen.
+    """
 
     def __init__(self, budget: Budget, prices: Prices | None, spent: Usage) -> None:
         if budget.price is not None and prices is None:
@@ -112,7 +132,9 @@ class Purse:
         self.requests = spent.requests
         self.prompt_tokens = spent.prompt_tokens
         self.completion_tokens = spent.completion_tokens
-        self._held = [0, 0, 0]
+        self._excess = max(1.0, spent.tokens_per_word / TOKENS_PER_WORD)
+        self._held_requests = self._held_prompt = self._held_completion = 0
+        self._lock = threading.Lock()
 
     @property
     def price(self) -> float | None:
@@ -121,21 +143,29 @@ class Purse:
             return None
         return self.prices.of(self.prompt_tokens, self.completion_tokens)
 
-    def hold(self, prompt_tokens: int, completion_tokens: int) -> None:
-        """Set the most that a request may cost aside.
+    def hold(self, prompt_tokens: int, completion_tokens: int) -> Held:
+        """Set the most that a request may cost aside, its prompt being about so long.
 
         Raises:
             BudgetError: If it does not fit, together with everything that is in flight.
         """
-        requests, prompt, completion = self._held
-        requests, prompt = self.requests + requests + 1, self.prompt_tokens + prompt + prompt_tokens
-        completion += self.completion_tokens + completion_tokens
-        limits = [
+        with self._lock:
+            held = Held(math.ceil(prompt_tokens * self._excess), completion_tokens, prompt_tokens)
+            self._compare(
+                self.requests + self._held_requests + 1,
+                self.prompt_tokens + self._held_prompt + held.prompt_tokens,
+                self.completion_tokens + self._held_completion + held.completion_tokens,
+            )
+            self._add(held, 1)
+        return held
+
+    def _compare(self, requests: int, prompt: int, completion: int) -> None:
+        limits: list[tuple[str, float | None, float]] = [
             ("requests", self.budget.requests, requests),
             ("tokens", self.budget.tokens, prompt + completion),
         ]
         if self.prices is not None:
-            limits.append(("price", self.budget.price, self.prices.of(prompt, completion)))  # type: ignore[arg-type]
+            limits.append(("price", self.budget.price, self.prices.of(prompt, completion)))
         for name, most, wanted in limits:
             if most is not None and wanted > most:
                 raise BudgetError(
@@ -143,20 +173,25 @@ class Purse:
                     f"of {most:,.6g}. Spent so far: {self}. What was answered is kept: call again "
                     "with a larger budget to go on."
                 )
-        self._held[0] += 1
-        self._held[1] += prompt_tokens
-        self._held[2] += completion_tokens
 
-    def settle(
-        self, held: tuple[int, int], prompt_tokens: int, completion_tokens: int, requests: int
-    ) -> None:
-        """Give back what was set aside, and count what it really cost."""
-        self._held[0] -= 1
-        self._held[1] -= held[0]
-        self._held[2] -= held[1]
-        self.requests += requests
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
+    def settle(self, held: Held, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count what a request really cost instead of what was set aside for it."""
+        with self._lock:
+            self._add(held, -1)
+            self.requests += 1
+            self.prompt_tokens += prompt_tokens
+            self.completion_tokens += completion_tokens
+            self._excess = max(self._excess, prompt_tokens / max(1, held.estimated))
+
+    def give_back(self, held: Held) -> None:
+        """Count nothing for a request that got no reply."""
+        with self._lock:
+            self._add(held, -1)
+
+    def _add(self, held: Held, sign: int) -> None:
+        self._held_requests += sign
+        self._held_prompt += sign * held.prompt_tokens
+        self._held_completion += sign * held.completion_tokens
 
     def __str__(self) -> str:
         price = "" if self.price is None else f", price {self.price:.4g}"

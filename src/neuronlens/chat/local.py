@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
-from neuronlens.chat.budget import Budget
+from neuronlens.chat.budget import Budget, Held
 from neuronlens.chat.model import ChatModel, Reply, again
 from neuronlens.chat.replies import ReplyStore, StoredReply
-from neuronlens.chat.request import Message, Request
+from neuronlens.chat.request import Message, Request, sendable
 from neuronlens.errors import BudgetError, ChatError
 from neuronlens.explanation import Failure
 
 
 class TransformersChat(ChatModel):
     """Any chat model that transformers loads, with or without images, in batches.
+
+    Requests that are sampled together are drawn with one seed: the same calls give the same
+    answers, other batches may give others. At temperature 0 batches make no difference.
 
     Args:
         model: Its language model head generates; used as it is, on the device it is on.
@@ -30,7 +34,7 @@ class TransformersChat(ChatModel):
         budget: The most requests or tokens.
 
     Raises:
-        ChatError: If the processor has no chat template.
+        ChatError: If the processor has no chat template, or its tokenizer no padding token.
     """
 
     def __init__(
@@ -48,10 +52,15 @@ class TransformersChat(ChatModel):
         known = name or str(getattr(config, "_name_or_path", "")) or type(model).__name__
         super().__init__(known, replies=replies, attempts=attempts, budget=budget)
         tokenizer = getattr(processor, "tokenizer", processor)
-        if not (getattr(processor, "chat_template", None) or tokenizer.chat_template):
+        if not getattr(processor, "chat_template", None):
             raise ChatError(
                 f"The processor of {known} has no chat template, so it cannot be asked. Take an "
                 "instruction-tuned model, or set processor.chat_template."
+            )
+        if tokenizer.pad_token_id is None:
+            raise ChatError(
+                f"The tokenizer of {known} has no padding token, so prompts cannot share a batch. "
+                "Set tokenizer.pad_token, for example to tokenizer.eos_token."
             )
         self.model = model
         self.processor = processor
@@ -95,77 +104,112 @@ class TransformersChat(ChatModel):
         done: dict[str, Reply | Failure] = {}
         left = list(waiting)
         for attempt in range(1, self.attempts + 1):
+            if not left:
+                break
             if self._cancelled:
                 raise ChatError("Asking was stopped. What was answered is stored.")
-            replies = self._generated(left, attempt)
             failed = []
-            for each, reply in zip(left, replies, strict=True):
-                words = self._words(each.messages)
-                judged = self._judge(each.request, each.key, reply, words)
+            for each, reply in zip(left, self._generated(left, attempt), strict=True):
+                judged = self._judge(each.request, each.key, reply, self._words(each.messages))
                 if isinstance(judged, Reply):
                     done[each.key] = judged
                     continue
                 done[each.key] = Failure(f"no valid reply after {self.attempts} attempts: {judged}")
                 each.messages = again(each.request.messages, reply.text, judged)
+                if reply.cut_short:
+                    each.max_tokens *= 2
                 failed.append(each)
             left = failed
-            if not left:
-                break
-        return {number: done[each.key] for each in waiting for number in twins[each.key]}
+        return {number: done[each.key] for each in waiting for number in twins.pop(each.key)}
 
-    @torch.inference_mode()
     def _generated(self, asked: Sequence[_Waiting], attempt: int) -> list[StoredReply]:
-        most = max(each.request.max_tokens for each in asked)
-        inputs = self.processor.apply_chat_template(
-            [[self._turn(message) for message in each.messages] for each in asked],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **self._padding(),
-        ).to(self.model.device)
-        held = [(row, most) for row in inputs["attention_mask"].sum(1).tolist()]
-        self._hold(held)
-        draw, temperature = asked[0].request.draw, asked[0].request.temperature
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            torch.manual_seed(draw)
-            sampling = {"do_sample": True, "temperature": temperature}
-        generate: Any = self.model.generate
-        whole = generate(
-            **inputs, max_new_tokens=most, pad_token_id=self._tokenizer.pad_token_id, **sampling
-        )
+        inputs = self._inputs(asked)
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        held = self._hold([(row, a.max_tokens) for row, a in zip(lengths, asked, strict=True)])
+        try:
+            rows = self._rows(inputs, asked)
+        except BaseException:
+            for each in held:
+                self.purse.give_back(each)
+            raise
         replies = []
-        for row, kept in zip(whole[:, inputs["input_ids"].shape[1] :], held, strict=True):
-            text = str(self._tokenizer.decode(row, skip_special_tokens=True))
+        for row, one, prompt, its in zip(rows, asked, lengths, held, strict=True):
+            # The batch was as long as its longest; an answer alone would have ended here.
+            row = row[: one.max_tokens]
             written = int((row != self._tokenizer.pad_token_id).sum())
-            self.purse.settle(kept, kept[0], written, requests=1)
+            self.purse.settle(its, prompt, written)
             replies.append(
                 StoredReply(
-                    text=text,
+                    text=sendable(str(self._tokenizer.decode(row, skip_special_tokens=True))),
                     model=self.name,
                     attempts=attempt,
-                    prompt_tokens=kept[0],
+                    prompt_tokens=prompt,
                     completion_tokens=written,
-                    cut_short=written >= most,
+                    cut_short=written >= one.max_tokens,
                 )
             )
         return replies
 
-    def _hold(self, held: Sequence[tuple[int, int]]) -> None:
+    def _inputs(self, asked: Sequence[_Waiting]) -> Any:
+        from jinja2 import TemplateError
+
+        try:
+            return self.processor.apply_chat_template(
+                [[self._turn(message) for message in each.messages] for each in asked],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                **self._padding(),
+            )
+        except TemplateError as error:
+            raise ChatError(
+                f"The chat template of {self.name} refuses the conversation: {error}. Take another "
+                "model, or set a template that knows system, user and assistant in turn."
+            ) from error
+
+    @torch.inference_mode()
+    def _rows(self, inputs: Any, asked: Sequence[_Waiting]) -> Int[Tensor, "row token"]:
+        """What is written after each prompt, padded at the end."""
+        model: Any = self.model
+        draw, temperature = asked[0].request.draw, asked[0].request.temperature
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature}
+        moved = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(draw)
+            whole: Tensor = model.generate(
+                **moved,
+                max_new_tokens=max(each.max_tokens for each in asked),
+                pad_token_id=self._tokenizer.pad_token_id,
+                **sampling,
+            )
+        return whole[:, inputs["input_ids"].shape[1] :].cpu()
+
+    def _hold(self, batch: Sequence[tuple[int, int]]) -> list[Held]:
         """Set aside what a batch may cost, all of it or nothing."""
-        for number, each in enumerate(held):
-            try:
-                self.purse.hold(*each)
-            except BudgetError:
-                for earlier in held[:number]:
-                    self.purse.settle(earlier, 0, 0, requests=0)
-                raise
+        held: list[Held] = []
+        try:
+            for prompt, completion in batch:
+                held.append(self.purse.hold(prompt, completion))
+        except BudgetError:
+            for each in held:
+                self.purse.give_back(each)
+            raise
+        return held
 
     def _padding(self) -> dict[str, Any]:
         """Padding on the left, where generation wants it, whatever the tokenizer's own side."""
-        kwargs = {"padding": True, "padding_side": "left"}
-        return {"processor_kwargs": kwargs} if self.processor is not self._tokenizer else kwargs
+        if self.processor is self._tokenizer:
+            return {"padding": True, "tokenizer_kwargs": {"padding_side": "left"}}
+        return {"processor_kwargs": {"padding": True, "padding_side": "left"}}
 
     def _turn(self, message: Message) -> dict[str, Any]:
         if self.processor is self._tokenizer:
@@ -191,3 +235,4 @@ class _Waiting:
         self.request = request
         self.key = key
         self.messages = request.messages
+        self.max_tokens = request.max_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from neuronlens.chat.budget import Budget, Estimate, Prices, Purse
+from neuronlens.chat.budget import TOKENS_PER_WORD, Budget, Estimate, Prices, Purse
 from neuronlens.chat.parse import InvalidReplyError, parse
 from neuronlens.chat.replies import ReplyStore, StoredReply
 from neuronlens.chat.request import Message, Request
@@ -90,7 +90,7 @@ class ChatModel(ABC):
         """What asking these would cost, from the length of the texts and what was seen so far."""
         prompt = completion = missing = stored = 0
         seen: set[str] = set()
-        factor = self._tokens_per_word()
+        factor = self.replies.usage().tokens_per_word
         for request in requests:
             key = request.key(self.name)
             if key in seen or key in self.replies:
@@ -98,24 +98,25 @@ class ChatModel(ABC):
                 continue
             seen.add(key)
             missing += 1
-            prompt += self._prompt_tokens(request.messages, factor)
+            prompt += (
+                round(factor * self._words(request.messages))
+                if factor
+                else self._prompt_tokens(request.messages)
+            )
             completion += request.expected_tokens
         price = None if self._prices is None else self._prices.of(prompt, completion)
         return Estimate(missing, stored, prompt, completion, price)
 
-    def _tokens_per_word(self) -> float:
-        """As the server counted so far; 1.3 before the first reply."""
-        usage = self.replies.usage()
-        return usage.prompt_tokens / usage.words if usage.words else 1.3
-
-    def _prompt_tokens(self, messages: Sequence[Message], per_word: float = 1.3) -> int:
-        """About how many tokens are sent: words, marks and line breaks, and images."""
-        return round(per_word * self._words(messages)) + 4 * len(messages)
+    def _prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """About how many tokens are sent: words, marks and line breaks, images, and roles."""
+        return round(TOKENS_PER_WORD * self._words(messages)) + 4 * len(messages)
 
     def _words(self, messages: Sequence[Message]) -> int:
         """Words of the texts; an image counts as many words as make its tokens."""
         pictures = sum(len(message.pictures) for message in messages)
-        return sum(m.words for m in messages) + round(self.image_tokens / 1.3) * pictures
+        return (
+            sum(m.words for m in messages) + round(self.image_tokens / TOKENS_PER_WORD) * pictures
+        )
 
     def _stored(self, request: Request, key: str) -> Reply | None:
         """The stored answer, if it has the form that is asked for today."""

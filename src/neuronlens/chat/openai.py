@@ -5,17 +5,32 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
+import re
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel
+
 from neuronlens.chat.budget import Budget, Prices
 from neuronlens.chat.model import ChatModel, Reply, again
 from neuronlens.chat.replies import ReplyStore, StoredReply
-from neuronlens.chat.request import Message, Request, is_closed, schema
+from neuronlens.chat.request import Message, Request, sendable
+from neuronlens.chat.wire import (
+    Detail,
+    LastingError,
+    PassingError,
+    read,
+    response_format,
+    seconds,
+    turn,
+)
 from neuronlens.errors import ChatError, MissingExtraError
 from neuronlens.explanation import Failure
 
@@ -24,22 +39,7 @@ if TYPE_CHECKING:
 
 Structured = Literal["auto", "always", "never"]
 _WAITS_FOR = {408, 409, 425, 429}
-
-
-class _PassingError(Exception):
-    """A failure that may be gone in a moment."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
-class _LastingError(Exception):
-    """A failure of one request that asking again will not cure; `received` was paid for."""
-
-    def __init__(self, reason: str, received: StoredReply | None = None) -> None:
-        super().__init__(reason)
-        self.received = received
+_FIRST_PAUSE = 0.5
 
 
 class OpenAIChat(ChatModel):
@@ -59,8 +59,8 @@ class OpenAIChat(ChatModel):
         replies: Store of answers, or where it is to lie; None keeps them in memory.
         concurrency: Most requests in flight.
         structured: Whether the form is sent as a JSON schema for the server to keep to:
-            `"auto"` does without from the first time the server refuses it. The form is
-            always checked.
+            `"auto"` does without where the server refuses it and answers without it. The form
+            is always checked.
         attempts: Replies of the wrong form before a request fails.
         retries: Passing failures of one reply before its request fails.
         timeout: Of one reply, in seconds.
@@ -92,7 +92,7 @@ class OpenAIChat(ChatModel):
         prices: Prices | None = None,
         budget: Budget | None = None,
         image_tokens: int = 255,
-        detail: Literal["low", "high", "auto"] = "auto",
+        detail: Detail = "auto",
         options: dict[str, object] | None = None,
     ) -> None:
         try:
@@ -118,8 +118,9 @@ class OpenAIChat(ChatModel):
         self.slowest_retry = slowest_retry
         self.detail = detail
         self.options = dict(options or {})
-        self._takes_schema: bool | None = None if structured == "auto" else structured == "always"
         self._refused_fields: set[str] = set()
+        self._refused_forms: set[type[BaseModel]] = set()
+        self._taken_forms: set[type[BaseModel]] = set()
         self._running: set[_Run] = set()
 
     def ask(self, requests: Iterable[Request]) -> list[Reply | Failure]:
@@ -148,11 +149,16 @@ class OpenAIChat(ChatModel):
     def _client(self) -> AsyncOpenAI:
         from openai import AsyncOpenAI
 
-        key = os.environ.get(self.key_env)
+        key = self._key()
         if not key and self.base_url is None:
             raise ChatError(
                 f"No key for {self.address}: set the environment variable {self.key_env}, or give "
                 "the base_url of a server of your own."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ChatError(
+                f"The key in {self.key_env} has a character that no key has. Was it copied whole, "
+                "and alone?"
             )
         return AsyncOpenAI(
             api_key=key or "none",
@@ -161,57 +167,56 @@ class OpenAIChat(ChatModel):
             timeout=self.timeout,
         )
 
-    def _body(
-        self, request: Request, messages: tuple[Message, ...], max_tokens: int
-    ) -> dict[str, Any]:
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "").strip()
+
+    def _body(self, asked: _Asked, without: frozenset[str]) -> dict[str, Any]:
+        request = asked.request
+        left_out = without | self._refused_fields
         body: dict[str, Any] = {
             "model": self.name,
-            "messages": [self._wire(message) for message in messages],
-            "max_tokens": max_tokens,
+            "messages": [turn(message, self.detail) for message in asked.messages],
+            "max_tokens": asked.max_tokens,
             "temperature": request.temperature,
             "seed": request.draw,
         }
-        if request.answer is not None and self._takes_schema is not False:
-            form = schema(request.answer)
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {
-                    "name": request.answer.__name__,
-                    "strict": is_closed(form),
-                    "schema": form,
-                },
-            }
-        if "max_tokens" in self._refused_fields:
-            body["max_completion_tokens"] = max_tokens
+        if (
+            request.answer is not None
+            and self.structured != "never"
+            and request.answer not in self._refused_forms
+        ):
+            body["response_format"] = response_format(request.answer)
+        if "max_tokens" in left_out:
+            body["max_completion_tokens"] = asked.max_tokens
         body |= self.options
         return {
             name: value
             for name, value in body.items()
-            if value is not None and name not in self._refused_fields
+            if value is not None and name not in left_out
         }
 
-    def _adapts(self, body: dict[str, Any], said: str) -> bool:
-        """Whether there is a field the server may not know; it is not sent again."""
+    def _suspect(self, asked: _Asked, body: dict[str, Any], said: str) -> str | None:
+        """The field that a server that refuses this body may not know."""
         for name in ("max_tokens", "temperature", "seed"):
-            if name in body and name in said:
-                self._refused_fields.add(name)
-                return True
-        if "response_format" in body and self._takes_schema is None:
+            if name in body and re.search(rf"\b{name}\b", said):
+                return name
+        if (
+            "response_format" in body
+            and self.structured == "auto"
+            and asked.request.answer not in self._taken_forms
+        ):
             # The form is in the prompt's words as well.
-            self._takes_schema = False
-            return True
-        return False
+            return "response_format"
+        return None
 
-    def _wire(self, message: Message) -> dict[str, Any]:
-        if not message.pictures:
-            return {"role": message.role, "content": message.text}
-        parts = [
-            {"type": "text", "text": part}
-            if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": part.url, "detail": self.detail}}
-            for part in message.parts
-        ]
-        return {"role": message.role, "content": parts}
+    def _learn(self, asked: _Asked, body: dict[str, Any], without: frozenset[str]) -> None:
+        """Remember what an answered request went without, or with."""
+        form = asked.request.answer
+        self._refused_fields |= without - {"response_format"}
+        if form is not None and "response_format" in body:
+            self._taken_forms.add(form)
+        elif form is not None and "response_format" in without:
+            self._refused_forms.add(form)
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,7 @@ class _Run:
         self._task: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
         self._cancelled = False
+        self._ending = asyncio.Event()
 
     def result(self) -> list[Reply | Failure]:
         thread = threading.Thread(target=self._drive, name="neuronlens-chat", daemon=True)
@@ -257,8 +263,9 @@ class _Run:
 
     def cancel(self) -> None:
         self._cancelled = True
-        if self._loop is not None and self._task is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._task.cancel)
+        if self._loop is not None and self._task is not None:
+            with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
+                self._loop.call_soon_threadsafe(self._task.cancel)
 
     def _drive(self) -> None:
         try:
@@ -287,12 +294,20 @@ class _Run:
             failed = [e for e in (w.exception() for w in done) if e is not None]
             if failed:
                 # What is in flight was paid for: its answers are awaited and stored.
-                self._requests = enumerate(iter(()))
                 await asyncio.gather(*waiting, return_exceptions=True)
                 raise failed[0]
 
     async def _work(self, client: AsyncOpenAI) -> None:
+        try:
+            await self._answer(client)
+        except BaseException:
+            self._ending.set()
+            raise
+
+    async def _answer(self, client: AsyncOpenAI) -> None:
         for number, request in self._requests:
+            if self._ending.is_set() or self._cancelled:
+                return
             key = request.key(self._chat.name)
             twin = self._asked.get(key)
             if twin is not None:
@@ -323,20 +338,23 @@ class _Run:
         messages, max_tokens = request.messages, request.max_tokens
         problem: object = ""
         for attempt in range(1, chat.attempts + 1):
+            if self._ending.is_set():
+                break
             asked = _Asked(request, messages, max_tokens, chat._prompt_tokens(messages), attempt)
-            held = (asked.about, max_tokens)
-            chat.purse.hold(*held)
+            held = chat.purse.hold(asked.about, max_tokens)
             received: StoredReply | None = None
             try:
                 received = await self._received(client, asked)
-            except _PassingError as error:
+            except PassingError as error:
                 return self._given_up(str(error))
-            except _LastingError as error:
+            except LastingError as error:
                 self._lost, received = 0, error.received
                 return Failure(str(error))
             finally:
-                spent = (received.prompt_tokens, received.completion_tokens) if received else (0, 0)
-                chat.purse.settle(held, *spent, requests=int(received is not None))
+                if received is None:
+                    chat.purse.give_back(held)
+                else:
+                    chat.purse.settle(held, received.prompt_tokens, received.completion_tokens)
             self._lost = 0
             judged = chat._judge(request, key, received, chat._words(messages))
             if isinstance(judged, Reply):
@@ -360,123 +378,84 @@ class _Run:
 
     async def _received(self, client: AsyncOpenAI, asked: _Asked) -> StoredReply:
         """One reply, tried again while what goes wrong may pass."""
-        from tenacity import (
-            AsyncRetrying,
-            RetryCallState,
-            retry_if_exception_type,
-            stop_after_attempt,
-            wait_exponential_jitter,
-        )
+        tried = 0
+        while True:
+            try:
+                return await self._once(client, asked)
+            except PassingError as error:
+                if tried >= self._chat.retries:
+                    raise
+                # All that failed together should not come back together.
+                pause = _FIRST_PAUSE * (2.0 ** min(tried, 16) + random.random())
+                pause = min(pause if error.wait is None else error.wait, self._chat.slowest_retry)
+                if await self._ends_within(pause):
+                    raise
+            tried += 1
 
-        longest = self._chat.slowest_retry
-        growing = wait_exponential_jitter(initial=0.5, max=longest, jitter=0.5)
+    async def _ends_within(self, seconds: float) -> bool:
+        """Wait, unless the run has failed or fails meanwhile."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ending.wait()
+        return self._ending.is_set()
 
-        def pause(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            said = error.wait if isinstance(error, _PassingError) else None
-            return growing(state) if said is None else min(said, longest)
-
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._chat.retries + 1),
-            wait=pause,
-            retry=retry_if_exception_type(_PassingError),
-            reraise=True,
-        )
-        return await retrying(self._once, client, asked)
-
-    async def _once(self, client: AsyncOpenAI, asked: _Asked) -> StoredReply:
+    async def _once(
+        self, client: AsyncOpenAI, asked: _Asked, without: frozenset[str] = frozenset()
+    ) -> StoredReply:
         import openai
 
         chat = self._chat
-        body = chat._body(asked.request, asked.messages, asked.max_tokens)
+        body = chat._body(asked, without)
         try:
-            # Half the time of chat.completions.create, which rebuilds every message and reply.
-            raw = await client.post("/chat/completions", body=body, cast_to=bytes)
-            value = json.loads(raw)
-        except openai.APITimeoutError:
-            raise _PassingError(f"no reply within {chat.timeout:g} s") from None
+            # The client's own limit is for each part of a reply, not for the whole.
+            async with asyncio.timeout(chat.timeout):
+                # Half the time of chat.completions.create, which rebuilds every message and reply.
+                raw = await client.post("/chat/completions", body=body, cast_to=bytes)
+        except (openai.APITimeoutError, TimeoutError):
+            raise PassingError(f"no reply within {chat.timeout:g} s") from None
         except openai.APIConnectionError as error:
             why = type(error.__cause__).__name__ if error.__cause__ else "no connection"
-            raise _PassingError(f"the connection to {chat.address} broke ({why})") from None
+            raise PassingError(f"the connection to {chat.address} broke ({why})") from None
         except openai.APIStatusError as error:
-            if error.status_code in (400, 422) and chat._adapts(body, self._said(error)):
-                return await self._once(client, asked)
+            if error.status_code in (400, 422):
+                suspect = chat._suspect(asked, body, self._said(error))
+                if suspect is not None:
+                    return await self._once(client, asked, without | {suspect})
             raise self._refusal(error) from None
-        except ValueError:
-            raise _PassingError("the server's reply is no JSON") from None
-        if "response_format" in body:
-            chat._takes_schema = True
-        return _read(value, asked)
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise PassingError("the server's reply is no JSON") from None
+        chat._learn(asked, body, without)
+        return read(value, asked.attempt, asked.about)
 
     def _refusal(self, error: APIStatusError) -> Exception:
         """What a status other than 200 means."""
         chat, status = self._chat, error.status_code
         if status in _WAITS_FOR or status >= 500:
-            return _PassingError(
+            return PassingError(
                 f"the server answered {status}: {self._said(error)}",
-                _seconds(error.response.headers.get("retry-after")),
+                seconds(error.response.headers.get("retry-after")),
             )
-        if status in (401, 403):
+        if status in (401, 402, 403):
             # Servers quote the key in such a message, so it is not repeated.
             return ChatError(
-                f"{chat.address} refused the key in {chat.key_env} ({status}). Set the variable to "
-                f"a key that may use {chat.name!r}."
+                f"{chat.address} refused the key in {chat.key_env} ({status} "
+                f"{HTTPStatus(status).phrase}). Set the variable to a key that may use "
+                f"{chat.name!r}."
             )
         if status == 404:
             return ChatError(
                 f"{chat.address} knows no model {chat.name!r} or no chat completions (404): "
                 f"{self._said(error)}"
             )
-        return _LastingError(f"the server refused the request ({status}): {self._said(error)}")
+        return LastingError(f"the server refused the request ({status}): {self._said(error)}")
 
     def _said(self, error: APIStatusError) -> str:
         """What the server wrote, without the key."""
-        said = " ".join(str(error.message).split())
-        key = os.environ.get(self._chat.key_env)
+        # The client's own message has the words of errors in OpenAI's form only.
+        said = " ".join(error.response.text.split())
+        key = self._chat._key()
         if key:
             said = said.replace(key, "[key]")
-        return said[:300]
-
-
-def _read(value: Any, asked: _Asked) -> StoredReply:
-    """A reply from the server's JSON; its text is empty if there is none.
-
-    Raises:
-        _LastingError: If the model refused, or its answer was withheld.
-    """
-    try:
-        choice = value["choices"][0]
-        message = choice["message"]
-        text, refusal = message.get("content") or "", message.get("refusal")
-        finished = choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        text, refusal, finished = "", None, None
-    if isinstance(text, list):
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
-    whole = value if isinstance(value, dict) else {}
-    reply = StoredReply(
-        text=str(text),
-        model=str(whole.get("model", "")),
-        attempts=asked.attempt,
-        prompt_tokens=_count(whole.get("usage"), "prompt_tokens", asked.about),
-        completion_tokens=_count(whole.get("usage"), "completion_tokens", len(str(text)) // 4 + 1),
-        cut_short=finished == "length",
-    )
-    if refusal:
-        raise _LastingError(f"the model refused: {str(refusal)[:200]}", reply)
-    if finished == "content_filter":
-        raise _LastingError("the server withheld the answer (content_filter)", reply)
-    return reply
-
-
-def _count(usage: Any, name: str, otherwise: int) -> int:
-    """A number of tokens as the server counts, or our own if it does not."""
-    said = usage.get(name) if isinstance(usage, dict) else None
-    return said if isinstance(said, int) and not isinstance(said, bool) and said >= 0 else otherwise
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return max(0.0, float(header)) if header is not None else None
-    except ValueError:
-        return None
+        return sendable(said[:300])

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from neuronlens.chat.request import Message, Picture, Request
 from neuronlens.errors import DataError, UnknownNameError
 from neuronlens.show import Html, escaped, picture
 
-_TABLES = """
+_OURS = 0x6E6C7231
+"""SQLite's application id of a store of replies, so that no other program's file is written to."""
+
+_TABLES = f"""
+BEGIN IMMEDIATE;
+PRAGMA application_id = {_OURS};
 CREATE TABLE IF NOT EXISTS pictures (digest TEXT PRIMARY KEY, jpeg BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS messages (digest TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
@@ -23,6 +30,7 @@ CREATE TABLE IF NOT EXISTS replies (
 CREATE TABLE IF NOT EXISTS attempts (
     key TEXT NOT NULL, outcome TEXT NOT NULL,
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, words INTEGER NOT NULL);
+COMMIT;
 """
 
 
@@ -64,6 +72,11 @@ class Usage:
     completion_tokens: int = 0
     words: int = 0
 
+    @property
+    def tokens_per_word(self) -> float:
+        """Of the prompts; 0 before the first reply."""
+        return self.prompt_tokens / self.words if self.words else 0.0
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -100,33 +113,55 @@ class ReplyStore:
         path: The file, made if there is none; None keeps the answers in memory.
 
     Raises:
-        DataError: If the file is no store of replies, or cannot be written.
+        DataError: If the file is no store of replies, is damaged, or cannot be written; the same
+            holds for what is read and kept later.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._known: set[str] = set()
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
                 ":memory:" if self.path is None else self.path,
                 timeout=60,
                 check_same_thread=False,
                 isolation_level=None,
             )
-            # A killed process loses nothing that was committed in this mode, only a power cut may.
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            self._database.executescript(_TABLES)
-        except sqlite3.Error as error:
+            self._close = weakref.finalize(self, self._database.close)
+            self._open()
+        except (OSError, sqlite3.Error) as error:
             raise DataError(
                 f"{self.path} cannot serve as a store of replies: {error}. Choose another path."
             ) from error
 
+    def _open(self) -> None:
+        (tables,) = self._database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        (owner,) = self._database.execute("PRAGMA application_id").fetchone()
+        if tables and owner != _OURS:
+            raise sqlite3.DatabaseError("it is a database of another kind")
+        # A killed process loses nothing that was committed in this mode, only a power cut may.
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.executescript(_TABLES)
+
+    @contextmanager
+    def _using(self) -> Iterator[sqlite3.Connection]:
+        """The database, for this thread alone; what goes wrong names the file."""
+        try:
+            with self._lock:
+                yield self._database
+        except (sqlite3.Error, ValidationError) as error:
+            raise DataError(
+                f"The store of replies {self.path or 'in memory'} failed: {error}. What was "
+                "stored before is kept."
+            ) from error
+
     def __repr__(self) -> str:
-        return f"ReplyStore({str(self.path) if self.path else 'in memory'}, {len(self)} answers)"
+        where = str(self.path) if self.path else "in memory"
+        return f"ReplyStore({where}, {f'{len(self)} answers' if self._close.alive else 'closed'})"
 
     def __len__(self) -> int:
         return int(self._one("SELECT COUNT(*) FROM replies")[0])
@@ -136,15 +171,13 @@ class ReplyStore:
 
     def get(self, key: str) -> StoredReply | None:
         """The stored answer to a request."""
-        with self._lock:
-            row = self._database.execute(
-                "SELECT reply FROM replies WHERE key = ?", (key,)
-            ).fetchone()
-        return None if row is None else StoredReply.model_validate_json(row[0])
+        with self._using() as database:
+            row = database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+            return None if row is None else StoredReply.model_validate_json(row[0])
 
     def put(self, key: str, request: Request, model: str, reply: StoredReply, words: int) -> None:
         """Keep a valid answer, with everything that was asked."""
-        with self._lock, self._database:
+        with self._using() as database, database:
             self._insert(key, request.messages, request.canonical(model), reply.model_dump_json())
             self._attempt(key, "answered", reply, words)
         self._known.update(message.digest for message in request.messages)
@@ -166,7 +199,7 @@ class ReplyStore:
 
     def note_invalid(self, key: str, why: str, reply: StoredReply, words: int) -> None:
         """Count a reply that was paid for and is no answer."""
-        with self._lock:
+        with self._using():
             self._attempt(key, f"invalid: {why}", reply, words)
 
     def _attempt(self, key: str, outcome: str, reply: StoredReply, words: int) -> None:
@@ -189,14 +222,18 @@ class ReplyStore:
         Raises:
             UnknownNameError: If nothing was.
         """
-        with self._lock:
-            row = self._database.execute(
-                "SELECT request, reply FROM replies WHERE key = ?", (key,)
-            ).fetchone()
+        with self._using():
+            row = self._row(key)
             if row is None:
                 raise UnknownNameError("stored reply", key, [])
             messages = tuple(self._message(each) for each in json.loads(row[0])["messages"])
-        return Exchange(messages, StoredReply.model_validate_json(row[1]))
+            return Exchange(messages, StoredReply.model_validate_json(row[1]))
+
+    def _row(self, key: str) -> tuple[str, str] | None:
+        row: tuple[str, str] | None = self._database.execute(
+            "SELECT request, reply FROM replies WHERE key = ?", (key,)
+        ).fetchone()
+        return row
 
     def _message(self, digest: str) -> Message:
         (content,) = self._database.execute(
@@ -216,30 +253,31 @@ class ReplyStore:
 
     def keys(self) -> list[str]:
         """Keys of all stored answers."""
-        with self._lock:
-            return [row[0] for row in self._database.execute("SELECT key FROM replies")]
+        with self._using() as database:
+            return [row[0] for row in database.execute("SELECT key FROM replies")]
 
     def copy_to(self, other: ReplyStore, keys: Iterable[str]) -> None:
-        """Give another store these answers, with what was asked; those it has are left alone."""
+        """Give another store these answers, with what was asked; those it has are left alone.
+
+        What they cost stays with this store: the other's `usage` does not count it.
+        """
         for key in keys:
             if key in other:
                 continue
-            with self._lock:
-                row = self._database.execute(
-                    "SELECT request, reply FROM replies WHERE key = ?", (key,)
-                ).fetchone()
+            with self._using():
+                row = self._row(key)
                 if row is None:
                     continue
                 messages = [self._message(each) for each in json.loads(row[0])["messages"]]
-            with other._lock, other._database:
+            with other._using() as database, database:
                 other._insert(key, messages, *row)
 
     def close(self) -> None:
         """Close the file; nothing can be read or kept afterwards."""
         with self._lock:
-            self._database.close()
+            self._close()
 
     def _one(self, query: str) -> tuple[float, ...]:
-        with self._lock:
-            row: tuple[float, ...] = self._database.execute(query).fetchone()
+        with self._using() as database:
+            row: tuple[float, ...] = database.execute(query).fetchone()
         return row

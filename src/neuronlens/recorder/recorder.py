@@ -1,24 +1,21 @@
-"""Reading activations from a running model."""
+"""Keeping the activations of any forward or `generate()`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, SiteSelection
 from neuronlens.errors import AdapterError, CaptureError
 from neuronlens.hooks import (
-    Call,
-    Point,
     attached,
     overheard,
     recomputing,
@@ -27,192 +24,13 @@ from neuronlens.hooks import (
     watched,
 )
 from neuronlens.neurons import NeuronSite
+from neuronlens.recorder.stream import (
+    conditional,
+    copied,
+    on_stream,
+    reading,
+)
 from neuronlens.tokens import Role, TokenMap
-
-
-class Sink(Protocol):
-    """What takes activations while the model runs."""
-
-    def take(self, site: NeuronSite, activation: Activation, tokens: TokenMap) -> None:
-        """Take one site's act_fn output of one forward.
-
-        Args:
-            site: The site that has just run.
-            activation: Its output, on the layer's device and in its dtype, detached:
-                `[*token axes, neuron]`, or `Routed` for routed experts. It belongs to the
-                model: reduce or copy it, keep no view of it.
-            tokens: What the leading axes of `activation` are.
-        """
-        ...
-
-
-class _Stopped(Exception):  # noqa: N818
-    """Ends the forward of a block that needs no more of it; no user sees it."""
-
-
-@contextmanager
-def record(
-    adapter: ModelAdapter,
-    sites: SiteSelection,
-    sink: Sink,
-    tokens: Mapping[str, TokenMap],
-    *,
-    stop: bool = False,
-) -> Iterator[None]:
-    """Pass every chosen site's activations to `sink` during one forward in the block.
-
-    Args:
-        adapter: Of the model.
-        sites: Sites, modules, names, or None for every site.
-        sink: Takes the activations, site by site, as they are computed.
-        tokens: The token map of each stream, from `encode` or `adapter.tokens`.
-        stop: Whether to end the forward, and with it the block (what stands behind the forward
-            is not run), when every chosen site has passed its activations.
-
-    Raises:
-        CaptureError: If a site did not run, ran twice, or its output is not shaped like
-            its stream.
-    """
-    chosen = {site.name: site for site in adapter.select(sites)}
-    waiting: dict[str, list[Activation]] = {name: [] for name in chosen}
-    done: set[str] = set()
-
-    def see(name: str, out: Activation) -> None:
-        if recomputing():
-            return
-        site = chosen[name]
-        if name in done:
-            raise CaptureError(
-                f"Site {name} ran twice in one block of record(). Run one forward per block; for "
-                "generate() use ActivationRecorder."
-            )
-        if site.stream not in tokens:
-            raise CaptureError(
-                f"Site {name} runs on the stream {site.stream!r}, of which no token map was given "
-                f"(given: {', '.join(tokens)})."
-            )
-        there = tokens[site.stream]
-        # A block may run once per tile: its tokens are complete when the stream's are.
-        before = waiting[name]
-        rows = sum(map(_row_count, before)) + _row_count(out)
-        if rows < len(there):
-            before.append(_copied(out))
-            return
-        whole = _on_stream(site, [*before, _detached(out)], there)
-        done.add(name)
-        waiting[name] = []
-        sink.take(site, whole, there)
-
-    refuse_compiled(adapter.model)
-    points = _reading(adapter, chosen, see)
-    if stop:
-        points = _stopping(points, lambda: len(done) == len(chosen), done)
-    with uncompiled(), attached(points, _conditional(chosen)):
-        try:
-            yield
-        except _Stopped as stopped:
-            if stopped.args[0] is not done:
-                raise
-            _put_away(adapter.model)
-    for name, parts in waiting.items():
-        if parts and name not in done:
-            _on_stream(chosen[name], parts, tokens[chosen[name].stream])
-
-
-def _stopping(
-    points: Mapping[str, Sequence[Point]], is_complete: Callable[[], bool], of: object
-) -> dict[str, list[Point]]:
-    """Points of which the last that is needed ends the forward.
-
-    Every one of them has run by then: a point that a fused kernel went around is still missed.
-    """
-    ahead = {(name, i) for name, several in points.items() for i in range(len(several))}
-
-    def then_stop(point: Point, key: tuple[str, int]) -> Point:
-        def hook(call: Call) -> Any:
-            new = point.hook(call)
-            ahead.discard(key)
-            if not ahead and is_complete():
-                raise _Stopped(of)
-            return new
-
-        return replace(point, hook=hook)
-
-    return {
-        name: [then_stop(point, (name, i)) for i, point in enumerate(several)]
-        for name, several in points.items()
-    }
-
-
-def _put_away(model: nn.Module) -> None:
-    """Let accelerate take away the weights it had brought in for the modules that were left."""
-    for module in model.modules():
-        outer: Any = getattr(module, "_hf_hook", None)
-        offloads = any(getattr(h, "offload", False) for h in getattr(outer, "hooks", (outer,)))
-        if offloads and not all(p.is_meta for p in module.parameters(recurse=False)):
-            outer.post_forward(module, None)
-
-
-def _reading(
-    adapter: ModelAdapter, sites: Mapping[str, NeuronSite], see: Callable[[str, Activation], None]
-) -> dict[str, list[Point]]:
-    return {
-        name: adapter.tap(site).reading(adapter.model, partial(see, name), adapter.neuron_kind)
-        for name, site in sites.items()
-    }
-
-
-def _conditional(sites: Mapping[str, NeuronSite]) -> set[str]:
-    return {name for name, site in sites.items() if "conditional" in site.flags}
-
-
-def _detached(out: Activation) -> Activation:
-    if isinstance(out, Routed):
-        return Routed(out.values.detach(), out.expert, out.experts)
-    return out.detach()
-
-
-def _copied(out: Activation, device: torch.device | str | None = None) -> Activation:
-    if isinstance(out, Routed):
-        return out.copy(device)
-    return out.detach().to(device or out.device, copy=True)
-
-
-def _row_count(out: Activation) -> int:
-    if isinstance(out, Routed):
-        return out.expert.numel() // max(1, out.expert.shape[-1])
-    return out.numel() // max(1, out.shape[-1])
-
-
-def _joined(parts: Sequence[Activation]) -> Activation:
-    """Parts that ran one after the other, on one token axis; a single one as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Routed):
-        return Routed.cat([part.flat() for part in parts if isinstance(part, Routed)])
-    return torch.cat([part.flatten(0, -2) for part in parts if isinstance(part, Tensor)])
-
-
-def _on_stream(site: NeuronSite, parts: Sequence[Activation], tokens: TokenMap) -> Activation:
-    """The activations on the axes of their stream.
-
-    Raises:
-        CaptureError: If they are not as many.
-    """
-    whole = _joined(parts)
-    _check_shape(site, whole, tokens)
-    if isinstance(whole, Routed):
-        return whole.reshape(*tokens.role.shape)
-    return whole.reshape(*tokens.role.shape, site.width)
-
-
-def _check_shape(site: NeuronSite, out: Activation, tokens: TokenMap) -> None:
-    if _row_count(out) != len(tokens) or out.shape[-1] != site.width:
-        raise CaptureError(
-            f"Site {site.name} gave activations of shape {tuple(out.shape)}, but its stream "
-            f"{site.stream!r} has {tuple(tokens.role.shape)} tokens and the site {site.width} "
-            "neurons. Are the token maps those of these inputs?"
-        )
 
 
 class _Run:
@@ -340,7 +158,7 @@ class ActivationRecorder:
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
             stack.enter_context(
-                attached(_reading(self.adapter, self.sites, self._keep), _conditional(self.sites))
+                attached(reading(self.adapter, self.sites, self._keep), conditional(self.sites))
             )
             stack.enter_context(overheard(model, self._encoder_inputs))
             stack.enter_context(watched(model, self._begin, self._end))
@@ -476,12 +294,12 @@ class ActivationRecorder:
                     "generate() does so, record a forward over the generated ids instead."
                 )
             # generate() encodes the images before it first calls the model.
-            self._early.setdefault(name, []).append(_copied(out, self._device))
+            self._early.setdefault(name, []).append(copied(out, self._device))
             return
         run = self._runs[-1]
         if not grows:
             if run.forwards == 1:  # later steps may encode the images again
-                run.kept.setdefault(name, []).append(_copied(out, self._device))
+                run.kept.setdefault(name, []).append(copied(out, self._device))
             return
         batch, new = len(run.ids), run.ids.shape[1] - run.kept_tokens(name)
         out = _by_batch(out, batch)
@@ -495,7 +313,7 @@ class ActivationRecorder:
                 "generate() for output_hidden_states=True, return_dict_in_generate=True."
             )
         skip = self._skip + (run.prefix if self._skip else 0)
-        run.kept.setdefault(name, []).append(_copied(_from_token(out, skip), self._device))
+        run.kept.setdefault(name, []).append(copied(_from_token(out, skip), self._device))
 
     def _whole(self, run: _Run, site: NeuronSite) -> Activation:
         """All of a site's steps in one piece, which is kept in their place."""
@@ -506,7 +324,7 @@ class ActivationRecorder:
     def _put_together(self, run: _Run, site: NeuronSite) -> Activation:
         parts = run.kept[site.name]
         if site.stream not in self.adapter.growing:
-            return _on_stream(site, parts, self._tokens(run)[site.stream])
+            return on_stream(site, parts, self._tokens(run)[site.stream])
         if isinstance(parts[0], Routed):
             return Routed.cat([part for part in parts if isinstance(part, Routed)], 1)
         return torch.cat([part for part in parts if isinstance(part, Tensor)], 1)
