@@ -101,7 +101,9 @@ def held_out(study: Study, record: NeuronRecord):
 
 def ids(study: Study, record: NeuronRecord) -> list[str]:
     """The held-out samples of a neuron."""
-    return [study.samples[each.position, record.stream].sample.id for each in held_out(study, record)]
+    return [
+        study.samples[each.position, record.stream].sample.id for each in held_out(study, record)
+    ]
 
 
 # What is recorded.
@@ -130,7 +132,9 @@ def test_a_record_is_of_its_neuron(study, atlas, kinds, neurons):
             mine = [each for each in study.exemplars(record.id) if each.use == use]
             assert [each.rank for each in mine] == list(ranks)
             assert [each.position for each in mine] == [top[rank - 1] for rank in ranks]
-        assert not any(each.simulated for each in study.exemplars(record.id) if each.use == "explain")
+        assert not any(
+            each.simulated for each in study.exemplars(record.id) if each.use == "explain"
+        )
         assert (record.explanation is None) == (record.failure is not None)
 
 
@@ -138,7 +142,9 @@ def test_recorded_activations_are_those_of_the_exemplars(study, vlm, atlas, neur
     found = nl.exemplars(vlm, atlas, neurons)
     for neuron, record in study.items():
         for kept, each in zip(
-            study.exemplars(record.id), (*found[neuron].explain, *found[neuron].held_out), strict=True
+            study.exemplars(record.id),
+            (*found[neuron].explain, *found[neuron].held_out),
+            strict=True,
         ):
             np.testing.assert_allclose(kept.true, each.activation, rtol=1e-4, atol=1e-6)
             tokens = study.samples[kept.position, record.stream]
@@ -500,7 +506,7 @@ def small() -> Study:
         made("language.0/5", "multimodal", Score(visual=side(0.9), text=side(0.4))),
         made("language.0/6", "multimodal", Score(visual=side(0.6), text=side(0.5))),
     ]
-    return Study(MANIFEST, records, [])
+    return Study(MANIFEST, records)
 
 
 def test_means_by_hand(small):

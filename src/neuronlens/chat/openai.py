@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -378,26 +377,43 @@ class _Run:
 
     async def _received(self, client: AsyncOpenAI, asked: _Asked) -> StoredReply:
         """One reply, tried again while what goes wrong may pass."""
-        tried = 0
-        while True:
-            try:
-                return await self._once(client, asked)
-            except PassingError as error:
-                if tried >= self._chat.retries:
-                    raise
-                # All that failed together should not come back together.
-                pause = _FIRST_PAUSE * (2.0 ** min(tried, 16) + random.random())
-                pause = min(pause if error.wait is None else error.wait, self._chat.slowest_retry)
-                if await self._ends_within(pause):
-                    raise
-            tried += 1
+        from tenacity import (
+            AsyncRetrying,
+            RetryCallState,
+            retry_if_exception_type,
+            stop_after_attempt,
+            wait_exponential,
+            wait_random,
+        )
 
-    async def _ends_within(self, seconds: float) -> bool:
-        """Wait, unless the run has failed or fails meanwhile."""
+        # All that failed together should not come back together.
+        growing = wait_exponential(multiplier=_FIRST_PAUSE) + wait_random(0, _FIRST_PAUSE)
+
+        def pause(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            said = error.wait if isinstance(error, PassingError) else None
+            return min(growing(state) if said is None else said, self._chat.slowest_retry)
+
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._chat.retries + 1),
+            wait=pause,
+            sleep=self._sleep,
+            retry=retry_if_exception_type(PassingError),
+            reraise=True,
+        )
+        return await retrying(self._once, client, asked)
+
+    async def _sleep(self, seconds: float) -> None:
+        """A pause between two tries.
+
+        Raises:
+            PassingError: If the run has failed meanwhile; nothing is sent any more.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._ending.wait()
-        return self._ending.is_set()
+        if self._ending.is_set():
+            raise PassingError("the run has ended")
 
     async def _once(
         self, client: AsyncOpenAI, asked: _Asked, without: frozenset[str] = frozenset()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from neuronlens.chat import ChatModel, ReplyStore
-from neuronlens.errors import MissingExtraError
+from neuronlens.errors import SegmenterError
 from neuronlens.explain import Explainer, Modality
 from neuronlens.explanation import Failure
 from neuronlens.segment import AnnotationSegmenter, CachedSegmenter, GroundedSegmenter
@@ -25,7 +24,9 @@ from neuronlens.study.journal import MASKS, REPLIES
 
 def described(component: object) -> dict[str, Any]:
     """What a component's answers depend on, as far as it says."""
-    return dict(getattr(component, "settings", {}))
+    settings = dict(getattr(component, "settings", {}))
+    segmenter = getattr(getattr(component, "segmenter", None), "name", None)
+    return settings | ({} if segmenter is None else {"segmenter": str(segmenter)})
 
 
 class Simulators:
@@ -52,6 +53,18 @@ class Simulators:
             "text": text or by_word,
         }
 
+    def prepare(self, modalities: Iterable[Modality]) -> None:
+        """Load what these need and is not loaded yet: what is missing is known before anyone asks.
+
+        Raises:
+            MissingExtraError: If a package is not installed.
+            SegmenterError: If a segmenter cannot be loaded.
+        """
+        for modality in set(modalities):
+            simulator = self.by_modality[modality]
+            if isinstance(simulator, GroundedByDefault):
+                simulator.prepare()
+
     @property
     def given(self) -> list[Simulator]:
         """Both of them."""
@@ -69,32 +82,36 @@ class Simulators:
 
 
 class GroundedByDefault:
-    """Masks of Grounding DINO and SAM 2, loaded when the first visual token is simulated."""
+    """Masks of Grounding DINO and SAM 2, loaded when it is known that they are needed."""
 
     settings: Mapping[str, object] = {"segmenter": "Grounding DINO and SAM 2, by default"}
 
     def __init__(self, folder: Path | None) -> None:
-        if find_spec("torchvision") is None:
-            self._missing: MissingExtraError | None = MissingExtraError(
-                "torchvision", "segment", "Finding phrases in images"
-            )
-        else:
-            self._missing = None
         self._folder = folder
         self._loaded: MaskSimulator | None = None
 
-    def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
-        """Predict visual tokens that have a box.
+    def prepare(self) -> MaskSimulator:
+        """Load both models, once.
 
         Raises:
             MissingExtraError: If torchvision is not installed.
+            SegmenterError: If a checkpoint cannot be loaded.
         """
-        if self._missing is not None:
-            raise self._missing
         if self._loaded is None:
+            try:
+                segmenter = GroundedSegmenter.load()
+            except (OSError, ValueError) as error:
+                raise SegmenterError(
+                    "Visual tokens are simulated with Grounding DINO and SAM 2 unless another "
+                    f"visual_simulator is given, and these cannot be loaded: {error}"
+                ) from error
             path = None if self._folder is None else self._folder / MASKS
-            self._loaded = MaskSimulator(CachedSegmenter(GroundedSegmenter.load(), path))
-        return self._loaded.simulate(jobs)
+            self._loaded = MaskSimulator(CachedSegmenter(segmenter, path))
+        return self._loaded
+
+    def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
+        """Predict visual tokens that have a box."""
+        return self.prepare().simulate(jobs)
 
 
 class Replies:
@@ -116,7 +133,8 @@ class Replies:
                 self.store = ReplyStore(folder / REPLIES)
             return
         if folder is None:
-            self.store = self._chats[0].replies
+            stores = {id(chat.replies): chat.replies for chat in self._chats}
+            self.store = next(iter(stores.values())) if len(stores) == 1 else ReplyStore()
             return
         self.store = ReplyStore(folder / REPLIES)
         for chat in self._chats:

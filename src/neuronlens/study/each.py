@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -21,19 +22,39 @@ Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 Name = TypeVar("Name")
 
+_MANY = 100
+"""So many jobs that all raise are not the jobs' fault."""
+
+
+class _MiscountError(DataError):
+    """Answers that cannot be told whose they are."""
+
+
 _ENDS_ALL = (
-    *(AdapterError, AtlasError, BudgetError, ChatError, DataError, MissingExtraError, OutputError),
+    *(AdapterError, AtlasError, BudgetError, ChatError, MissingExtraError, OutputError),
+    *(_MiscountError, sqlite3.Error),
 )
 """What every further job would meet as well."""
 
 
 def one_each(
-    who: object, call: Callable[[Sequence[Job]], list[Answer]], jobs: Sequence[Job]
+    who: object,
+    call: Callable[[Sequence[Job]], list[Answer]],
+    jobs: Sequence[Job],
+    *,
+    has_worked: bool = False,
 ) -> list[Answer | Failure]:
     """An answer for each job, from one call for all of them.
 
     If the call raises for a reason that need not concern every job, each job is tried by
-    itself, and those that raise become failures.
+    itself, and those that raise become failures. If all of them raise, the error is the
+    caller's, unless they are few and others have gone well before.
+
+    Args:
+        who: Is asked.
+        call: Asks it.
+        jobs: What for.
+        has_worked: Whether it has answered other jobs.
 
     Raises:
         ValueError: If there are not as many answers as jobs.
@@ -46,8 +67,11 @@ def one_each(
         raise
     except Exception as error:
         if len(jobs) == 1:
+            if not has_worked:
+                raise
             return [_failure(error)]
         alone: list[Answer | Failure] = []
+        raised = 0
         for job in jobs:
             try:
                 alone += _counted(who, call([job]), [job])
@@ -55,8 +79,9 @@ def one_each(
                 raise
             except Exception as own:  # noqa: BLE001 - whatever a third party's code raises
                 alone.append(_failure(own))
-        if all(isinstance(each, Failure) for each in alone):
-            raise error from None
+                raised += 1
+        if raised == len(jobs) and (not has_worked or len(jobs) > _MANY):
+            raise error
         return alone
 
 
@@ -71,10 +96,6 @@ def _counted(who: object, answers: Sequence[Answer], jobs: Sequence[object]) -> 
             "one for each, in their order; a Failure for what it could not do."
         )
     return answers
-
-
-class _MiscountError(DataError):
-    """Answers that cannot be told whose they are."""
 
 
 def together(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
 from neuronlens.atlas import locked, require_free
 from neuronlens.errors import DataError, OutputError
 from neuronlens.neurons import NeuronId
+from neuronlens.study.lines import LineFile, cut_torn_line, read_lines
 from neuronlens.study.records import (
     NeuronRecord,
     Said,
@@ -23,7 +24,8 @@ from neuronlens.study.records import (
     Traces,
 )
 
-Model = TypeVar("Model", bound=BaseModel)
+Place = tuple[int, str]
+"""A sample's position in the scan, and a stream."""
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
@@ -32,36 +34,32 @@ SAMPLES = "samples.jsonl"
 TRACES = "activations.jsonl"
 REPLIES = "replies.sqlite"
 MASKS = "masks.sqlite"
+_WORKING = f".{MANIFEST}"
 _LINES = (RECORDS, SAID, SAMPLES, TRACES)
-_NAME = re.compile(rb'^\{"neuron":("(?:[^"\\]|\\.)*")')
 
 
-class TraceFile(Mapping[NeuronId, list[TokenRecord]]):
-    """Activations of a study's neurons, read from their file when they are asked for."""
+class TraceFile(LineFile[NeuronId, list[TokenRecord]]):
+    """Activations of a study's neurons."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._at: dict[NeuronId, int] = {}
-        with path.open("rb") as lines:
-            at = 0
-            for line in lines:
-                name = _NAME.match(line)
-                if name is None or not line.endswith(b"\n"):
-                    raise DataError(f"{path} is damaged at byte {at}.")
-                # Written once more by a run that was killed in between, a neuron counts as last.
-                self._at[NeuronId.parse(json.loads(name[1]))] = at
-                at += len(line)
+    begins = re.compile(rb'^\{"neuron":("(?:[^"\\]|\\.)*")')
 
-    def __getitem__(self, neuron: NeuronId) -> list[TokenRecord]:
-        with self._path.open("rb") as lines:
-            lines.seek(self._at[neuron])
-            return Traces.model_validate_json(lines.readline()).exemplars
+    def _key(self, found: re.Match[bytes]) -> NeuronId:
+        return NeuronId.parse(json.loads(found[1]))
 
-    def __iter__(self) -> Iterator[NeuronId]:
-        return iter(self._at)
+    def _value(self, line: bytes) -> list[TokenRecord]:
+        return Traces.model_validate_json(line).exemplars
 
-    def __len__(self) -> int:
-        return len(self._at)
+
+class SampleFile(LineFile[Place, SampleTokens]):
+    """The tokens of a study's samples, by (position, stream)."""
+
+    begins = re.compile(rb'^\{"position":(\d+),"stream":("(?:[^"\\]|\\.)*")')
+
+    def _key(self, found: re.Match[bytes]) -> Place:
+        return int(found[1]), json.loads(found[2])
+
+    def _value(self, line: bytes) -> SampleTokens:
+        return SampleTokens.model_validate_json(line)
 
 
 class Journal:
@@ -71,7 +69,8 @@ class Journal:
         folder: Where it lies; None for a run that is kept in memory.
         said: What was said of each neuron.
         records: Of the finished neurons.
-        samples: The tokens of exemplars, by (position, stream).
+        places: Where the tokens are kept already.
+        samples: The tokens of exemplars, of a run that is kept in memory.
         traces: Activations, of a run that is kept in memory.
     """
 
@@ -79,7 +78,8 @@ class Journal:
         self.folder = folder
         self.said: dict[NeuronId, Said] = {}
         self.records: dict[NeuronId, NeuronRecord] = {}
-        self.samples: dict[tuple[int, str], SampleTokens] = {}
+        self.places: set[Place] = set()
+        self.samples: dict[Place, SampleTokens] = {}
         self.traces: dict[NeuronId, list[TokenRecord]] = {}
         self._files: dict[str, IO[str]] = {}
 
@@ -95,10 +95,12 @@ class Journal:
     ) -> None:
         """Keep a finished neuron: its record comes last, so that it is never without the rest."""
         for each in samples:
-            place = (each.sample.position, each.stream)
-            if place not in self.samples:
+            place = (each.position, each.stream)
+            if place not in self.places:
+                self.places.add(place)
                 self._write(SAMPLES, each)
-                self.samples[place] = each
+                if self.folder is None:
+                    self.samples[place] = each
         if self.folder is None:
             self.traces[record.id] = traces
         else:
@@ -144,14 +146,19 @@ def journal(out: Path | None, manifest: StudyManifest, *, retry: bool = False) -
     if out is None:
         yield Journal(None)
         return
-    if not (out / MANIFEST).exists():
+    if not (out / MANIFEST).exists() and not _was_begun(out):
         require_free(out)
-        _begin(out, manifest)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
     with locked(out / "lock"):
+        if not (out / MANIFEST).exists():
+            _begin(out, manifest)
         _require_same(out, manifest)
         kept = Journal(out)
         for name in _LINES:
-            _cut_torn_line(out / name)
+            cut_torn_line(out / name)
         _load(kept, retry)
         try:
             yield kept
@@ -159,18 +166,22 @@ def journal(out: Path | None, manifest: StudyManifest, *, retry: bool = False) -
             kept.close()
 
 
+def _was_begun(out: Path) -> bool:
+    """Whether a run was killed here before it had written anything but this."""
+    return out.is_dir() and {each.name for each in out.iterdir()} <= {"lock", _WORKING}
+
+
 def _begin(out: Path, manifest: StudyManifest) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in _LINES:
-            (out / name).touch()
-        working = out / f".{MANIFEST}"
-        working.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        working.replace(out / MANIFEST)
+        # First of all files, and whole or not there.
+        (out / _WORKING).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (out / _WORKING).replace(out / MANIFEST)
     except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}. Choose another folder."
-        ) from error
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> OutputError:
+    return OutputError(f"{out} cannot be written: {error.strerror}. Choose another folder.")
 
 
 def _require_same(out: Path, manifest: StudyManifest) -> None:
@@ -178,35 +189,31 @@ def _require_same(out: Path, manifest: StudyManifest) -> None:
     now = manifest.model_dump(mode="json")
     for name, value in now.items():
         if there[name] != value:
+            where, one, other = _difference(name, there[name], value)
             raise OutputError(
-                f"{out} holds a study with another {name}: {_short(there[name])}, not "
-                f"{_short(value)}. Choose another folder, or ask for the same to go on."
+                f"{out} holds a study with another {where}: {_short(one)}, not {_short(other)}. "
+                "Choose another folder, or ask for the same to go on."
             )
+
+
+def _difference(where: str, one: object, other: object) -> tuple[str, object, object]:
+    """The first place in which two values differ, and what stands there."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            if one.get(key) != other.get(key):
+                return _difference(f"{where}.{key}", one.get(key), other.get(key))
+    if isinstance(one, list) and isinstance(other, list):
+        if len(one) != len(other):
+            return f"number of {where}", len(one), len(other)
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            if a != b:
+                return _difference(f"{where}[{i}]", a, b)
+    return where, one, other
 
 
 def _short(value: object) -> str:
     said = json.dumps(value)
     return said if len(said) <= 160 else f"{said[:160]}..."
-
-
-def _cut_torn_line(path: Path) -> None:
-    """What a killed run was about to write is written again."""
-    if not path.exists():
-        path.touch()
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, 2)
-        at = end
-        while at > 0:
-            start = max(0, at - 65536)
-            file.seek(start)
-            found = file.read(at - start).rfind(b"\n")
-            if found >= 0:
-                at = start + found + 1
-                break
-            at = start
-        if at < end:
-            file.truncate(at)
 
 
 def _load(kept: Journal, retry: bool) -> None:
@@ -216,8 +223,7 @@ def _load(kept: Journal, retry: bool) -> None:
     for said in read_lines(folder / SAID, Said):
         if not (retry and said.explanation is None):
             kept.said[NeuronId.parse(said.neuron)] = said
-    for sample in read_lines(folder / SAMPLES, SampleTokens):
-        kept.samples[sample.sample.position, sample.stream] = sample
+    kept.places.update(SampleFile(folder / SAMPLES))
     for record in read_lines(folder / RECORDS, NeuronRecord):
         if retry and record.failure is not None:
             kept.records.pop(record.id, None)
@@ -235,22 +241,3 @@ def read_manifest(folder: Path) -> StudyManifest:
         return StudyManifest.model_validate_json((folder / MANIFEST).read_text("utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise DataError(f"{folder} is no whole study: {error}") from error
-
-
-def read_lines(path: Path, kind: type[Model]) -> list[Model]:
-    """Every line of a file of records.
-
-    Raises:
-        DataError: If the file is missing or a line is damaged.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            return [kind.model_validate_json(line) for line in file]
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise DataError(f"{path.parent} is no whole study: {path.name}: {error}") from error
-
-
-def write_lines(path: Path, models: Iterable[BaseModel]) -> None:
-    """A file of records."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(model.model_dump_json() + "\n" for model in models)

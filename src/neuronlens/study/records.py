@@ -123,10 +123,21 @@ class NeuronRecord(BaseModel):
 
 
 class SampleTokens(BaseModel):
-    """The tokens of a sample on one stream, as the records' activations count them."""
+    """The tokens of a sample on one stream, as the records' activations count them.
 
-    sample: SampleRecord
+    Attributes:
+        position: Of the sample in the scan.
+        stream: The token axis.
+        sample: What was shown to the model.
+        role: `Role` of each token.
+        image: Number of the image that a visual token sees; -1 elsewhere.
+        box: What a token sees, in pixels of the image; None where that is no single region.
+        pieces: The text of each token, where the stream has text.
+    """
+
+    position: int
     stream: str
+    sample: SampleRecord
     role: list[int]
     image: list[int]
     box: list[list[float] | None]

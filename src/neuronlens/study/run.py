@@ -23,7 +23,13 @@ from neuronlens.exemplars import (
     NeuronExemplars,
     exemplars,
 )
-from neuronlens.explain import DissectionExplainer, Explainer, ExplanationJob
+from neuronlens.explain import (
+    DissectionExplainer,
+    Explainer,
+    ExplanationJob,
+    Modality,
+    modalities,
+)
 from neuronlens.explanation import Explanation, Failure
 from neuronlens.neurons import NeuronId
 from neuronlens.samples import Sample
@@ -151,11 +157,12 @@ def explain_neurons(
         replies = Replies([explainer, *simulators.given], folder)
         left = [neuron for neuron in chosen if neuron not in kept.records]
         if left:
+            simulators.prepare(m for n in left for m in modalities(kinds.of(n), ()))
             found = exemplars(
                 adapter,
                 atlas,
                 chosen,
-                only=left,
+                only=None if len(left) == len(chosen) else left,
                 explain=explain,
                 held_out=held_out,
                 validate=validate if best_of > 1 else (),
@@ -166,6 +173,8 @@ def explain_neurons(
                 batch_size=batch_size,
                 progress=progress,
             )
+            # What counts for an unknown neuron is known only now.
+            simulators.prepare(m for n in left for m in modalities(kinds.of(n), found[n].held_out))
             run = _Run(
                 adapter,
                 atlas,
@@ -216,6 +225,9 @@ class _Run:
         self.replies = replies
         self.chunk = chunk
         self.progress = progress
+        self._worked: set[Modality] = set()
+        for record in kept.records.values():
+            self._note(record.score)
 
     def explain_all(self, neurons: Sequence[NeuronId]) -> None:
         """Say what each neuron finds that nothing was said of yet."""
@@ -229,7 +241,10 @@ class _Run:
                     for n in some
                     for draw in range(self.manifest.best_of)
                 ]
-                answers = iter(one_each(self.explainer, self.explainer.explain, jobs))
+                worked = any(each.explanation is not None for each in self.kept.said.values())
+                answers = iter(
+                    one_each(self.explainer, self.explainer.explain, jobs, has_worked=worked)
+                )
                 drawn = {n: [next(answers) for _ in range(self.manifest.best_of)] for n in some}
                 self.kept.say(self._chosen(drawn))
                 self._advance(bar, len(some))
@@ -291,11 +306,26 @@ class _Run:
         return Trial(explanation, self.kinds.of(neuron), self.found[neuron].held_out, resamples)
 
     def _tried(self, trials: Sequence[Trial]) -> list[Outcome]:
-        return run_trials(trials, self.simulators.by_modality, self.manifest.seed)
+        outcomes = run_trials(
+            trials,
+            self.simulators.by_modality,
+            self.manifest.seed,
+            have_worked=self._worked,
+        )
+        for outcome in outcomes:
+            self._note(outcome.score)
+        return outcomes
+
+    def _note(self, score: Score | Failure | None) -> None:
+        """Remember which simulators have answered."""
+        if isinstance(score, Score):
+            sides: dict[Modality, object] = {"visual": score.visual, "text": score.text}
+            self._worked.update(name for name, side in sides.items() if side is not None)
 
     def _others(self, neuron: NeuronId, same: Sequence[NeuronId]) -> list[NeuronId]:
         """Other neurons of the category, whose explanations make a neuron's null."""
-        others = [other for other in same if other != neuron]
+        # By name: the draw does not depend on the order in which neurons were given.
+        others = sorted((other for other in same if other != neuron), key=str)
         rng = np.random.default_rng([self.manifest.seed, 1, zlib.crc32(str(neuron).encode())])
         return [others[i] for i in rng.permutation(len(others))[: self.manifest.null_draws]]
 
@@ -332,8 +362,9 @@ class _Run:
         """The tokens of a neuron's samples that are not written yet."""
         return [
             SampleTokens(
-                sample=self.atlas.samples[each.position],
+                position=each.position,
                 stream=stream,
+                sample=self.atlas.samples[each.position],
                 role=each.tokens.role.tolist(),
                 image=each.tokens.image.tolist(),
                 box=[
@@ -343,7 +374,7 @@ class _Run:
                 pieces=None if each.tokens.pieces is None else list(each.tokens.pieces),
             )
             for each in (*found.explain, *found.held_out)
-            if each.position is not None and (each.position, stream) not in self.kept.samples
+            if each.position is not None and (each.position, stream) not in self.kept.places
         ]
 
     def _bar(self, what: str, total: int) -> tqdm[None]:
@@ -386,8 +417,8 @@ def _token_record(
         position=exemplar.position,
         rank=exemplar.rank,
         use=use,
-        true=[float(f"{value:.5g}") for value in exemplar.activation],
+        true=[float(f"{value:.5g}") for value in exemplar.activation.tolist()],
         simulated=[]
         if simulated is None
-        else [None if value != value else float(f"{value:.5g}") for value in simulated],
+        else [None if value != value else float(f"{value:.5g}") for value in simulated.tolist()],
     )

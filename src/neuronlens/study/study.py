@@ -14,7 +14,7 @@ from neuronlens.chat import Exchange, ReplyStore
 from neuronlens.classify import CATEGORIES, Category
 from neuronlens.errors import DataError, MissingExtraError, UnknownNameError
 from neuronlens.neurons import NeuronId
-from neuronlens.score import Score, Summary, summarise
+from neuronlens.score import Difference, Score, Summary, difference, summarise
 from neuronlens.show import Html, table
 from neuronlens.study.journal import (
     MANIFEST,
@@ -24,11 +24,12 @@ from neuronlens.study.journal import (
     SAMPLES,
     TRACES,
     Journal,
+    Place,
+    SampleFile,
     TraceFile,
-    read_lines,
     read_manifest,
-    write_lines,
 )
+from neuronlens.study.lines import read_lines, write_lines
 from neuronlens.study.records import (
     NeuronRecord,
     Said,
@@ -51,7 +52,8 @@ class Study(Mapping[NeuronId, NeuronRecord]):
     Attributes:
         manifest: What it was made with.
         records: By neuron.
-        samples: The tokens of every exemplar, by (position, stream).
+        samples: The tokens of every exemplar, by (position, stream); read from their file when
+            they are asked for, if the study lies in a folder.
         replies: What chat models were asked and answered; None if none was asked.
     """
 
@@ -59,7 +61,7 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         self,
         manifest: StudyManifest,
         records: Iterable[NeuronRecord],
-        samples: Iterable[SampleTokens],
+        samples: Mapping[Place, SampleTokens] | None = None,
         traces: Mapping[NeuronId, Sequence[TokenRecord]] | None = None,
         replies: ReplyStore | None = None,
     ) -> None:
@@ -68,15 +70,17 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         order = [NeuronId.parse(name) for name in manifest.neurons]
         planned = [neuron for neuron in order if neuron in by_neuron]
         self.records = {n: by_neuron[n] for n in dict.fromkeys([*planned, *by_neuron])}
-        self.samples = {(each.sample.position, each.stream): each for each in samples}
+        self.samples = samples or {}
         self.replies = replies
         self._traces = traces or {}
 
     @classmethod
     def of(cls, manifest: StudyManifest, kept: Journal, replies: ReplyStore | None) -> Study:
         """The study of a run that has ended."""
-        traces = kept.traces if kept.folder is None else TraceFile(kept.folder / TRACES)
-        return cls(manifest, kept.records.values(), kept.samples.values(), traces, replies)
+        if kept.folder is None:
+            return cls(manifest, kept.records.values(), kept.samples, kept.traces, replies)
+        samples, traces = SampleFile(kept.folder / SAMPLES), TraceFile(kept.folder / TRACES)
+        return cls(manifest, kept.records.values(), samples, traces, replies)
 
     def __repr__(self) -> str:
         missing = len(self.manifest.neurons) - len(self)
@@ -129,6 +133,28 @@ class Study(Mapping[NeuronId, NeuronRecord]):
                     seed=self.manifest.seed,
                 )
         return means
+
+    def compare(self, other: Study) -> dict[Category, Difference]:
+        """By category, how much better neurons score here than in another study.
+
+        Only neurons with a score in both count, each against itself.
+
+        Args:
+            other: Of some of the same neurons, such as one made with `sampling="random"`.
+        """
+        found: dict[Category, Difference] = {}
+        for category in CATEGORIES:
+            both = [
+                (record.score, other.records[neuron].score)
+                for neuron, record in self.records.items()
+                if record.category == category and neuron in other.records
+            ]
+            pairs = [(a, b) for a, b in both if a is not None and b is not None]
+            if both:
+                found[category] = difference(
+                    [a for a, _ in pairs], [b for _, b in pairs], seed=self.manifest.seed
+                )
+        return found
 
     def failures(self) -> dict[str, int]:
         """How many neurons could not be explained or simulated, by reason."""
@@ -209,8 +235,8 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         """
         path = Path(path)
         manifest = read_manifest(path)
-        records = read_lines(path / RECORDS, NeuronRecord)
-        samples = read_lines(path / SAMPLES, SampleTokens)
+        # The records first: of what a running study adds meanwhile, they know nothing.
+        records = read_lines(path / RECORDS, NeuronRecord, torn=partial)
         missing = len(manifest.neurons) - len({record.neuron for record in records})
         if missing > 0 and not partial:
             raise DataError(
@@ -219,7 +245,8 @@ class Study(Mapping[NeuronId, NeuronRecord]):
                 "with partial=True."
             )
         try:
-            traces = TraceFile(path / TRACES)
+            traces = TraceFile(path / TRACES, torn=partial)
+            samples = SampleFile(path / SAMPLES, torn=partial)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is no whole study: {error}") from error
         lost = [record.neuron for record in records if record.id not in traces]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,9 +55,20 @@ class Outcome:
 
 
 def run_trials(
-    trials: Sequence[Trial], simulators: Mapping[Modality, Simulator], seed: int
+    trials: Sequence[Trial],
+    simulators: Mapping[Modality, Simulator],
+    seed: int,
+    *,
+    have_worked: Collection[Modality] = (),
 ) -> list[Outcome]:
-    """Every trial's outcome; each simulator gets all its jobs in one call, beside the others."""
+    """Every trial's outcome; each simulator gets all its jobs in one call, beside the others.
+
+    Args:
+        trials: What to simulate and score.
+        simulators: One of each modality.
+        seed: Of the resamples.
+        have_worked: Whose simulators have answered before; see `one_each`.
+    """
     counts = [modalities(trial.category, trial.exemplars) for trial in trials]
 
     def answers(modality: Modality) -> dict[tuple[int, Modality], list[Simulation | Failure]]:
@@ -68,7 +79,8 @@ def run_trials(
             for e in trials[i].exemplars
         ]
         simulator = simulators[modality]
-        replies = iter(one_each(simulator, simulator.simulate, jobs))
+        worked = modality in have_worked
+        replies = iter(one_each(simulator, simulator.simulate, jobs, has_worked=worked))
         return {(i, modality): [next(replies) for _ in trials[i].exemplars] for i in mine}
 
     needed: list[Modality] = [m for m in simulators if any(m in names for names in counts)]
