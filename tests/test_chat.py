@@ -28,6 +28,7 @@ from neuronlens.chat import (
     Picture,
     Prices,
     Reply,
+    ReplyStore,
     Request,
     instruction,
 )
@@ -842,3 +843,46 @@ def test_text_that_no_file_can_hold_is_sent_with_marks_instead(serve):
     (answer,) = chat_for(server).ask([question("half \ud800 a pair", None)])
     assert answer.text == "half ? a pair"
     assert Path(server.log).read_text().count("\\ud800") == 0
+
+
+# Where answers are kept.
+
+
+def test_a_chat_that_moves_to_another_store_finds_its_answers_and_counts_its_spending(
+    serve, tmp_path
+):
+    server = serve()
+    chat = chat_for(server, budget=Budget(requests=4))
+    asked = [question(number) for number in range(3)]
+    first = chat.ask(asked)
+    chat.keep_in(tmp_path / "one.sqlite")
+    chat.keep_in(tmp_path / "two.sqlite")
+    assert chat.purse.requests == 3
+    again = chat.ask([*asked, question("new")])
+    assert [each.text for each in again[:3]] == [each.text for each in first]
+    assert [each.stored for each in again] == [True, True, True, False]
+    assert server.stats()["requests"] == 4
+    with pytest.raises(BudgetError):
+        chat.ask([question("too many")])
+    chat.keep_in(tmp_path / "one.sqlite")
+    assert chat.purse.requests == 4
+    # What was found elsewhere now lies where answers are kept.
+    assert len(ReplyStore(tmp_path / "two.sqlite")) == 4
+
+
+@pytest.mark.parametrize("step", [{"content": "no"}, {"refusal": "I will not."}])
+def test_a_reply_that_is_no_answer_can_be_looked_at_and_is_asked_again(serve, tmp_path, step):
+    server = serve({**step, "times": 2})
+    chat = chat_for(server, attempts=2, replies=tmp_path / "replies.sqlite")
+    pictured = Request((Message("user", ("What is this?", red())),), Sketch)
+    (lost,) = chat.ask([pictured])
+    kept = chat.replies.exchange(lost.asked)
+    assert kept.messages == pictured.messages
+    assert kept.reply.text == step.get("content", "")
+    assert len(chat.replies) == 0
+    other = ReplyStore()
+    chat.replies.copy_to(other, [lost.asked])
+    assert other.exchange(lost.asked) == kept
+    answers = [chat.ask([pictured])[0] for _ in range(2)]
+    assert isinstance(answers[-1], Reply)
+    assert chat.replies.exchange(lost.asked).reply.text == answers[-1].text

@@ -26,7 +26,7 @@ def pearson(a, b) -> float:
 
 def test_a_job_holds_no_held_out_exemplar():
     names = {field.name for field in dataclasses.fields(ExplanationJob)}
-    assert names == {"neuron", "category", "exemplars"}
+    assert names == {"neuron", "category", "exemplars", "contrast", "draw"}
 
 
 def test_the_concept_under_the_active_tokens_is_named():

@@ -174,7 +174,8 @@ def test_a_picture_and_a_message_that_many_requests_share_are_kept_once(path, st
 def test_usage_adds_up_valid_and_invalid_replies_and_survives(path, store):
     keep(store, request(), prompt_tokens=7, completion_tokens=2)
     keep(store, request("other"), prompt_tokens=5, completion_tokens=1)
-    store.note_invalid("0" * 64, "no JSON", StoredReply(text="?", prompt_tokens=100), words=3)
+    bad = StoredReply(text="?", prompt_tokens=100)
+    store.reject("0" * 64, request("bad"), "m", bad, 3, "no JSON")
     store.close()
     again = ReplyStore(path)
     usage = again.usage()

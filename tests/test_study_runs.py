@@ -999,3 +999,49 @@ def test_a_key_is_in_no_file_and_in_no_error(
     assert len(files) > 10
     for path in files:
         assert SECRET.encode() not in path.read_bytes()
+
+
+def test_a_study_of_other_samples_is_refused(vlm, kinds, text, finished, tmp_path):
+    other = nl.read_samples(nl.testbed.write(tmp_path / "scenes", 30, seed=77))
+    scanned = nl.scan(vlm, other, out=tmp_path / "atlas", n=20)
+    again = nl.NeuronClassifier(**nl.testbed.READINGS).classify(scanned)
+    with pytest.raises(OutputError, match="another data"):
+        nl.explain_neurons(
+            vlm, scanned, text[:4], kinds=again, explainer=Says(), out=finished, **stubs()
+        )
+
+
+def test_a_neuron_that_got_no_explanation_keeps_what_was_asked(vlm, atlas, kinds, text, tmp_path):
+    script = [{"content": "no idea", "times": "always"}]
+    with chat_server(tmp_path, script=script) as server:
+        explainer = nl.ChatExplainer(chat_of(server, attempts=1))
+        study = nl.explain_neurons(
+            vlm, atlas, text[:2], kinds=kinds, explainer=explainer, out=tmp_path / "study"
+        )
+    for neuron in text[:2]:
+        assert "no JSON object" in study[neuron].failure
+        (exchange,) = study.exchanges(neuron)
+        assert exchange.reply.text == "no idea"
+        assert exchange.messages[-1].role == "user"
+
+
+def test_one_chat_model_serves_two_studies_and_each_folder_has_its_own_replies(
+    vlm, atlas, kinds, text, server, tmp_path
+):
+    explainer = nl.ChatExplainer(chat_of(server))
+    watched = Watched(server)
+    for name in ("first", "second"):
+        nl.explain_neurons(
+            vlm,
+            atlas,
+            text[:3],
+            kinds=kinds,
+            explainer=explainer,
+            null_draws=0,
+            seed=int(name == "second"),
+            out=tmp_path / name,
+        )
+    for name in ("first", "second"):
+        study = Study.open(tmp_path / name)
+        assert all(len(study.exchanges(neuron)) == 1 + 5 for neuron in text[:3])
+    assert max(watched.requests().values()) == 1  # the second study asks the same, and none again

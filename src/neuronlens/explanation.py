@@ -36,6 +36,12 @@ class Explanation(BaseModel):
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be done for one neuron or sample, and why; counted, never scored as 0."""
+    """What could not be done for one neuron or sample, and why; counted, never scored as 0.
+
+    Attributes:
+        reason: Why.
+        asked: Key of the request that a chat model did not answer in its form, if one was asked.
+    """
 
     reason: str
+    asked: str | None = None

@@ -129,12 +129,22 @@ class Purse:
             )
         self.budget = budget
         self.prices = prices
+        self._before = spent
         self.requests = spent.requests
         self.prompt_tokens = spent.prompt_tokens
         self.completion_tokens = spent.completion_tokens
         self._excess = max(1.0, spent.tokens_per_word / TOKENS_PER_WORD)
         self._held_requests = self._held_prompt = self._held_completion = 0
         self._lock = threading.Lock()
+
+    @property
+    def received(self) -> Usage:
+        """What came in since the purse was made; not how much of it was invalid."""
+        return Usage(
+            requests=self.requests - self._before.requests,
+            prompt_tokens=self.prompt_tokens - self._before.prompt_tokens,
+            completion_tokens=self.completion_tokens - self._before.completion_tokens,
+        )
 
     @property
     def price(self) -> float | None:

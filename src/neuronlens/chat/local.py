@@ -114,7 +114,8 @@ class TransformersChat(ChatModel):
                 if isinstance(judged, Reply):
                     done[each.key] = judged
                     continue
-                done[each.key] = Failure(f"no valid reply after {self.attempts} attempts: {judged}")
+                why = f"no valid reply after {self.attempts} attempts: {judged}"
+                done[each.key] = Failure(why, asked=each.key)
                 each.messages = again(each.request.messages, reply.text, judged)
                 if reply.cut_short:
                     each.max_tokens *= 2

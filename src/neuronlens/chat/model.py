@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from neuronlens.chat.budget import TOKENS_PER_WORD, Budget, Estimate, Prices, Purse
 from neuronlens.chat.parse import InvalidReplyError, parse
-from neuronlens.chat.replies import ReplyStore, StoredReply
+from neuronlens.chat.replies import ReplyStore, StoredReply, Usage
 from neuronlens.chat.request import Message, Request
 from neuronlens.explanation import Failure
 
@@ -40,6 +40,8 @@ class ChatModel(ABC):
         name: The model's name; part of every key.
         replies: The stored answers.
         attempts: How many replies to one request may be of the wrong form before it fails.
+        chosen: Whether the caller said where answers are kept; a study keeps them in its own
+            folder otherwise.
         purse: What was spent.
         image_tokens: About how many tokens an image counts as.
     """
@@ -61,15 +63,31 @@ class ChatModel(ABC):
         self.image_tokens = image_tokens
         self._budget = budget or Budget()
         self._prices = prices
-        self.keep_in(replies)
+        self._earlier: list[ReplyStore] = []
+        self._spent: list[tuple[Path | None, Usage]] = []
+        self.replies = _store(replies)
+        self.chosen = replies is not None
+        self.purse = Purse(self._budget, self._prices, self.replies.usage())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.purse})"
 
-    def keep_in(self, replies: str | Path | ReplyStore | None) -> None:
-        """Look answers up in this store from now on, and keep them there."""
-        self.replies = replies if isinstance(replies, ReplyStore) else ReplyStore(replies)
-        self.purse = Purse(self._budget, self._prices, self.replies.usage())
+    def keep_in(self, replies: str | Path | ReplyStore) -> None:
+        """Keep answers in this store from now on.
+
+        Those of the store before are still found, and what this object has spent still counts.
+        """
+        store = _store(replies)
+        if store is self.replies:
+            return
+        self._earlier.append(self.replies)
+        self._spent.append((self.replies.path, self.purse.received))
+        if store.path is not None:  # what a file already counts, is counted by it
+            self._earlier = [each for each in self._earlier if each.path != store.path]
+            self._spent = [each for each in self._spent if each[0] != store.path]
+        self.replies = store
+        spent = sum((usage for _, usage in self._spent), store.usage())
+        self.purse = Purse(self._budget, self._prices, spent)
 
     @abstractmethod
     def ask(self, requests: Iterable[Request]) -> list[Reply | Failure]:
@@ -93,7 +111,7 @@ class ChatModel(ABC):
         factor = self.replies.usage().tokens_per_word
         for request in requests:
             key = request.key(self.name)
-            if key in seen or key in self.replies:
+            if key in seen or any(key in store for store in (self.replies, *self._earlier)):
                 stored += 1
                 continue
             seen.add(key)
@@ -121,6 +139,10 @@ class ChatModel(ABC):
     def _stored(self, request: Request, key: str) -> Reply | None:
         """The stored answer, if it has the form that is asked for today."""
         kept = self.replies.get(key)
+        for store in self._earlier:
+            if kept is None and key in store:
+                store.copy_to(self.replies, [key])
+                kept = self.replies.get(key)
         if kept is None:
             return None
         try:
@@ -135,10 +157,14 @@ class ChatModel(ABC):
         try:
             value = parse(request, reply.text)
         except InvalidReplyError as error:
-            self.replies.note_invalid(key, str(error), reply, words)
+            self.replies.reject(key, request, self.name, reply, words, error)
             return error
         self.replies.put(key, request, self.name, reply, words)
         return Reply(key, reply.text, value, stored=False)
+
+
+def _store(replies: str | Path | ReplyStore | None) -> ReplyStore:
+    return replies if isinstance(replies, ReplyStore) else ReplyStore(replies)
 
 
 def again(messages: tuple[Message, ...], said: str, problem: object) -> tuple[Message, ...]:

@@ -348,7 +348,10 @@ class _Run:
                 return self._given_up(str(error))
             except LastingError as error:
                 self._lost, received = 0, error.received
-                return Failure(str(error))
+                if received is None:
+                    return Failure(str(error))
+                chat.replies.reject(key, request, chat.name, received, chat._words(messages), error)
+                return Failure(str(error), asked=key)
             finally:
                 if received is None:
                     chat.purse.give_back(held)
@@ -362,7 +365,7 @@ class _Run:
             messages = again(request.messages, received.text, judged)
             if received.cut_short:
                 max_tokens = 2 * max_tokens
-        return Failure(f"no valid reply after {chat.attempts} attempts: {problem}")
+        return Failure(f"no valid reply after {chat.attempts} attempts: {problem}", asked=key)
 
     def _given_up(self, reason: str) -> Failure:
         """A request that failed for good in passing; many in a row mean the server is gone."""

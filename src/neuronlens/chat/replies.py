@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,11 +28,17 @@ CREATE TABLE IF NOT EXISTS pictures (digest TEXT PRIMARY KEY, jpeg BLOB NOT NULL
 CREATE TABLE IF NOT EXISTS messages (digest TEXT PRIMARY KEY, content TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
     key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS rejected (
+    key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attempts (
     key TEXT NOT NULL, outcome TEXT NOT NULL,
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, words INTEGER NOT NULL);
 COMMIT;
 """
+
+
+_Row = tuple[str, str, str]
+"""Key, request and reply."""
 
 
 class StoredReply(BaseModel):
@@ -71,6 +78,15 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     words: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.requests + other.requests,
+            self.invalid + other.invalid,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.words + other.words,
+        )
 
     @property
     def tokens_per_word(self) -> float:
@@ -178,11 +194,14 @@ class ReplyStore:
     def put(self, key: str, request: Request, model: str, reply: StoredReply, words: int) -> None:
         """Keep a valid answer, with everything that was asked."""
         with self._using() as database, database:
-            self._insert(key, request.messages, request.canonical(model), reply.model_dump_json())
+            row = (key, request.canonical(model), reply.model_dump_json())
+            self._insert("replies", request.messages, row)
             self._attempt(key, "answered", reply, words)
         self._known.update(message.digest for message in request.messages)
 
-    def _insert(self, key: str, messages: Iterable[Message], request: str, reply: str) -> None:
+    def _insert(
+        self, table: Literal["replies", "rejected"], messages: Iterable[Message], row: _Row
+    ) -> None:
         new = [message for message in messages if message.digest not in self._known]
         self._database.execute("BEGIN IMMEDIATE")
         self._database.executemany(
@@ -193,14 +212,20 @@ class ReplyStore:
             "INSERT OR IGNORE INTO messages VALUES (?, ?)",
             [(message.digest, message.canonical) for message in new],
         )
-        self._database.execute(
-            "INSERT OR REPLACE INTO replies VALUES (?, ?, ?)", (key, request, reply)
-        )
+        self._database.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?)", row)
 
-    def note_invalid(self, key: str, why: str, reply: StoredReply, words: int) -> None:
-        """Count a reply that was paid for and is no answer."""
-        with self._using():
+    def reject(
+        self, key: str, request: Request, model: str, reply: StoredReply, words: int, why: object
+    ) -> None:
+        """Keep a reply that was paid for and is no answer: it is counted, and can be looked at.
+
+        The request is asked again whenever it comes.
+        """
+        with self._using() as database, database:
+            row = (key, request.canonical(model), reply.model_dump_json())
+            self._insert("rejected", request.messages, row)
             self._attempt(key, f"invalid: {why}", reply, words)
+        self._known.update(message.digest for message in request.messages)
 
     def _attempt(self, key: str, outcome: str, reply: StoredReply, words: int) -> None:
         self._database.execute(
@@ -217,21 +242,23 @@ class ReplyStore:
         return Usage(*map(int, row))
 
     def exchange(self, key: str) -> Exchange:
-        """What was asked under a key, and what was answered.
+        """What was asked under a key, and what was answered, or the last reply that is no answer.
 
         Raises:
             UnknownNameError: If nothing was.
         """
         with self._using():
-            row = self._row(key)
+            row = self._row(key) or self._row(key, "rejected")
             if row is None:
                 raise UnknownNameError("stored reply", key, [])
             messages = tuple(self._message(each) for each in json.loads(row[0])["messages"])
             return Exchange(messages, StoredReply.model_validate_json(row[1]))
 
-    def _row(self, key: str) -> tuple[str, str] | None:
+    def _row(
+        self, key: str, table: Literal["replies", "rejected"] = "replies"
+    ) -> tuple[str, str] | None:
         row: tuple[str, str] | None = self._database.execute(
-            "SELECT request, reply FROM replies WHERE key = ?", (key,)
+            f"SELECT request, reply FROM {table} WHERE key = ?", (key,)
         ).fetchone()
         return row
 
@@ -257,7 +284,7 @@ class ReplyStore:
             return [row[0] for row in database.execute("SELECT key FROM replies")]
 
     def copy_to(self, other: ReplyStore, keys: Iterable[str]) -> None:
-        """Give another store these answers, with what was asked; those it has are left alone.
+        """Give another store these replies, with what was asked; those it has are left alone.
 
         What they cost stays with this store: the other's `usage` does not count it.
         """
@@ -265,12 +292,15 @@ class ReplyStore:
             if key in other:
                 continue
             with self._using():
+                table: Literal["replies", "rejected"] = "replies"
                 row = self._row(key)
+                if row is None:
+                    table, row = "rejected", self._row(key, "rejected")
                 if row is None:
                     continue
                 messages = [self._message(each) for each in json.loads(row[0])["messages"]]
             with other._using() as database, database:
-                other._insert(key, messages, *row)
+                other._insert(table, messages, (key, *row))
 
     def close(self) -> None:
         """Close the file; nothing can be read or kept afterwards."""

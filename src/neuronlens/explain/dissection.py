@@ -66,6 +66,12 @@ class DissectionExplainer:
         self.segmenter = segmenter or AnnotationSegmenter()
         self.words = None if words is None else {k: tuple(v) for k, v in words.items()}
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What its explanations depend on, for a study's manifest."""
+        name = getattr(self.segmenter, "name", type(self.segmenter).__name__)
+        return {"segmenter": name, "words": self.words}
+
     def explain(self, jobs: Sequence[ExplanationJob]) -> list[Explanation | Failure]:
         """Explain each neuron by its best concept; draw 1 is the second best, and so on."""
         # Many neurons share samples; their token maps live as long as the jobs do.

@@ -42,7 +42,8 @@ class MaskSimulator:
     @property
     def settings(self) -> dict[str, object]:
         """What its predictions depend on, for a study's manifest."""
-        return {"segmenter": self.segmenter.name, "soft": self.soft}
+        name = getattr(self.segmenter, "name", type(self.segmenter).__name__)
+        return {"segmenter": name, "soft": self.soft}
 
     def simulate(self, jobs: Sequence[SimulationJob]) -> list[Simulation | Failure]:
         """Predict visual tokens that have a box."""

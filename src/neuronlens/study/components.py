@@ -24,9 +24,7 @@ from neuronlens.study.journal import MASKS, REPLIES
 
 def described(component: object) -> dict[str, Any]:
     """What a component's answers depend on, as far as it says."""
-    settings = dict(getattr(component, "settings", {}))
-    segmenter = getattr(getattr(component, "segmenter", None), "name", None)
-    return settings | ({} if segmenter is None else {"segmenter": str(segmenter)})
+    return dict(getattr(component, "settings", {}))
 
 
 class Simulators:
@@ -117,8 +115,8 @@ class GroundedByDefault:
 class Replies:
     """The chat models behind a study's components, and the store its replies are kept in.
 
-    A chat model that keeps its answers in memory keeps them in the study's folder from now on;
-    of one with a file of its own, what the study used is copied.
+    A chat model whose caller did not say where keeps its answers in the study's folder from now
+    on; of one with a file of its own, what the study used is copied.
 
     Attributes:
         store: Where the replies can be looked up; None if no chat model is asked.
@@ -138,8 +136,7 @@ class Replies:
             return
         self.store = ReplyStore(folder / REPLIES)
         for chat in self._chats:
-            if chat.replies.path is None:
-                chat.replies.copy_to(self.store, chat.replies.keys())
+            if not chat.chosen:
                 chat.keep_in(self.store)
 
     def keep(self, keys: Iterable[str]) -> None:

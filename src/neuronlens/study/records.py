@@ -53,6 +53,7 @@ class Said(BaseModel):
     neuron: str
     explanation: Explanation | None
     failure: str | None = None
+    asked: str | None = None
     candidates: list[Candidate] = []
 
 
@@ -151,6 +152,7 @@ class StudyManifest(BaseModel):
         model: Fingerprint of the model.
         model_name: Where it was loaded from.
         readings: Of the scan and the classification.
+        data: Fingerprint of the scanned samples.
         neurons: Which neurons, in the order asked for; how many are recorded may be fewer.
         explainer: Class of the explainer.
         simulators: Class of the simulator of each modality.
@@ -166,6 +168,7 @@ class StudyManifest(BaseModel):
 
     model: str
     model_name: str
+    data: str = ""
     neurons: list[str] = []
     readings: dict[str, Any]
     explainer: str

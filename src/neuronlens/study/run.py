@@ -140,6 +140,7 @@ def explain_neurons(
     manifest = StudyManifest(
         model=atlas.manifest.model.fingerprint,
         model_name=atlas.manifest.model.name,
+        data=atlas.manifest.data,
         neurons=[str(neuron) for neuron in chosen],
         readings=kinds.readings,
         explainer=type(explainer).__name__,
@@ -262,8 +263,15 @@ class _Run:
         said = []
         for neuron, several in different.items():
             if not several:
-                why = next(a.reason for a in drawn[neuron] if isinstance(a, Failure))
-                said.append(Said(neuron=str(neuron), explanation=None, failure=why))
+                lost = next(answer for answer in drawn[neuron] if isinstance(answer, Failure))
+                said.append(
+                    Said(
+                        neuron=str(neuron),
+                        explanation=None,
+                        failure=lost.reason,
+                        asked=lost.asked,
+                    )
+                )
                 continue
             candidates = [
                 Candidate(explanation=each, score=_value(next(outcomes)))
@@ -332,8 +340,8 @@ class _Run:
     def _write(self, neuron: NeuronId, outcome: Outcome | None, null: list[float]) -> None:
         said, found = self.kept.said[neuron], self.found[neuron]
         score = outcome.score if outcome is not None else None
-        explained = () if said.explanation is None else (said.explanation.asked,)
-        asked = [*explained, *(outcome.asked if outcome is not None else ())]
+        explained = said.asked if said.explanation is None else said.explanation.asked
+        asked = [explained, *(outcome.asked if outcome is not None else ())]
         record = NeuronRecord(
             neuron=str(neuron),
             stream=self.adapter.site(neuron.site).stream,

@@ -114,7 +114,9 @@ def _outcome(
         sides[modality] = []
         for each, reply, whole in zip(trial.exemplars, replies, simulated, strict=True):
             if isinstance(reply, Failure):
-                return Outcome(Failure(f"{modality} simulation: {reply.reason}"))
+                lost = () if reply.asked is None else (reply.asked,)
+                why = Failure(f"{modality} simulation: {reply.reason}")
+                return Outcome(why, asked=(*asked, *lost))
             at = each.visual if modality == "visual" else each.text
             whole[at] = reply.values[at]
             sides[modality].append((each.activation[at], reply.values[at]))
