@@ -27,7 +27,7 @@ from neuronlens.errors import (
     UnknownNameError,
 )
 from neuronlens.neurons import NeuronId
-from neuronlens.running import COUNTED, FIXED_POINT, Layout, SiteStatistics, reduce
+from neuronlens.running import COUNTED, FIXED_POINT, Incoming, Layout, SiteStatistics, reduce
 from neuronlens.tokens import Role
 
 
@@ -71,7 +71,9 @@ def routed(tmp_path) -> nl.Atlas:
         ("language.1", values[:, 0].nan_to_num(7.0), 0),
     ):
         one = SiteStatistics(2 * max(1, count), 2, 2, 1, torch.float32, count)
-        one.update(reduce(activation, layout, 2, 1), [0], ["s0"], [""], torch.tensor([True]))
+        one.update(
+            reduce(activation, layout, 2, 1), Incoming([0], ["s0"], [""], torch.tensor([True]))
+        )
         made[name] = one
     picture = Image.new("RGB", (1, 1))
     with new_folder(tmp_path / "routed") as working:

@@ -17,7 +17,7 @@ from neuronlens import atlas as atlases
 from neuronlens import testbed
 from neuronlens.atlas import Shard, new_folder
 from neuronlens.errors import AtlasError, DataError, OutputError, SkippedError
-from neuronlens.running import ABSENT, COUNTED, Layout, SiteStatistics, reduce
+from neuronlens.running import ABSENT, COUNTED, Incoming, Layout, SiteStatistics, reduce
 from neuronlens.tokens import Role
 
 SITES = ["vision.0", "language.0"]
@@ -233,7 +233,9 @@ def of_neuron_without_text(folder: Path, number: int) -> nl.Atlas:
     layout = Layout.of(token_map("ppp"), 1, (Role.RESPONSE,), torch.device("cpu"))
     one = SiteStatistics(1, 2, 1, 1, torch.float32)
     values = torch.tensor([[1.0], [2.0], [-1.0]]) * number
-    one.update(reduce(values, layout, 1, 1), [0], [str(number)], [""], torch.tensor([True]))
+    one.update(
+        reduce(values, layout, 1, 1), Incoming([0], [str(number)], [""], torch.tensor([True]))
+    )
     model = atlases.ModelInfo(name="m", model_type="m", fingerprint="m", dtype="float32")
     reading = {"n": 2, "keep_visual": 1, "keep_text": 1, "text_roles": (Role.RESPONSE,)}
     choices = atlases.Choices(**reading, template=True, batch_size=1, window=1)

@@ -21,6 +21,7 @@ from neuronlens.running import (
     FIXED_POINT,
     FiringCounts,
     Gate,
+    Incoming,
     Layout,
     Reduction,
     RoleSummary,
@@ -199,15 +200,14 @@ def streamed(
             activation, tokens = batch_of(batch, dtype, laid)
             positions = [case.position for case in batch]
             gate = (made.top.gate, torch.tensor(positions, dtype=torch.int32))
-            made.update(
-                reduced(
-                    activation, tokens, len(batch), text_roles, way, gate if way == "gated" else ()
-                ),
+            incoming = Incoming(
                 positions,
                 [case.id for case in batch],
                 [case.domain for case in batch],
                 torch.ones(len(batch), dtype=torch.bool),
             )
+            given = gate if way == "gated" else ()
+            made.update(reduced(activation, tokens, len(batch), text_roles, way, given), incoming)
     return made
 
 
@@ -359,7 +359,7 @@ def test_a_routed_sample_by_hand():
     one = reduce(activation, layout, 2, 1)
     low = -math.inf
     made = SiteStatistics(3, 2, 2, 1, torch.float32, experts=3)
-    made.update(one, [7], ["a"], [""], one.finite)
+    made.update(one, Incoming([7], ["a"], [""], one.finite))
     assert made.top.ids.tolist() == [[7, ABSENT], [7, ABSENT], [ABSENT, ABSENT]]
     assert made.top.visual[:, 0].tolist() == [[3.0, 1.0], [-2.0, low], [low, low]]
     assert made.top.text[:, 0].tolist() == [[low], [5.0], [low]]
@@ -461,7 +461,7 @@ def test_reducing_everything_never_looks_at_a_number(dtype, laid):
     assert torch.equal(found.tokens, expected.tokens)
     made = SiteStatistics(2, N, KEEP_VISUAL, KEEP_TEXT, dtype, device=META)
     for keep in ([True, True], [False, True]):
-        made.update(found, [0, 1], ["a", "b"], ["road", "sea"], torch.tensor(keep))
+        made.update(found, Incoming([0, 1], ["a", "b"], ["road", "sea"], torch.tensor(keep)))
     assert made.top.ids.device == made.firing.fired["sea"].device == META
 
 
@@ -652,21 +652,21 @@ def some_reduction():
 
 def test_a_state_dict_stays_as_it_was_when_the_statistics_go_on():
     made = empty(1, torch.float32)
-    made.update(some_reduction(), [0], ["a"], [""], torch.tensor([True]))
+    made.update(some_reduction(), Incoming([0], ["a"], [""], torch.tensor([True])))
     state = made.state_dict(DOMAINS)
     before = {name: tensor.clone() for name, tensor in state.items()}
-    made.update(some_reduction(), [1], ["b"], [""], torch.tensor([True]))
+    made.update(some_reduction(), Incoming([1], ["b"], [""], torch.tensor([True])))
     made.merge(streamed([[Case(7, "c", "sea", (Role.VISUAL,), ((9.0,),))]]))
     assert_same_bits(state, before)
 
 
 def test_going_on_from_a_state_dict_leaves_it_as_it_was():
     made = empty(1, torch.float32)
-    made.update(some_reduction(), [0], ["a"], [""], torch.tensor([True]))
+    made.update(some_reduction(), Incoming([0], ["a"], [""], torch.tensor([True])))
     state = {name: tensor.clone() for name, tensor in made.state_dict(DOMAINS).items()}
     before = {name: tensor.clone() for name, tensor in state.items()}
     restored = SiteStatistics.from_state_dict(state, DOMAINS)
-    restored.update(some_reduction(), [1], ["b"], [""], torch.tensor([True]))
+    restored.update(some_reduction(), Incoming([1], ["b"], [""], torch.tensor([True])))
     assert_same_bits(state, before)
 
 
@@ -751,7 +751,7 @@ def test_only_the_sample_with_an_activation_that_is_not_finite_is_flagged(way, b
     reduction = reduced(activation, tokens, 3, way=way)
     assert reduction.finite.tolist() == [True, False, True]
     made = empty(2, torch.float32)
-    made.update(reduction, [0, 1, 2], list("012"), [""] * 3, reduction.finite)
+    made.update(reduction, Incoming([0, 1, 2], list("012"), [""] * 3, reduction.finite))
     assert_same_bits(made, streamed([[data[0], data[2]]]))
 
 
@@ -761,7 +761,7 @@ def test_a_batch_of_which_nothing_is_kept_changes_nothing(way):
     activation, tokens = batch_of(data, torch.float32, "right")
     reduction = reduced(activation, tokens, way=way)
     made = empty(1, torch.float32)
-    made.update(reduction, [0], ["0"], [""], torch.tensor([False]))
+    made.update(reduction, Incoming([0], ["0"], [""], torch.tensor([False])))
     assert_same_bits(made, empty(1, torch.float32))
 
 

@@ -109,10 +109,10 @@ class Forks:
 
 
 @contextmanager
-def forking() -> Iterator[Forks]:
-    """A process that forks runs, which ends with the block."""
+def forking(width: int = 0) -> Iterator[Forks]:
+    """A process that forks runs, which ends with the block; of a wider model if one is wanted."""
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, str(width)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -292,15 +292,28 @@ def _say(what: object) -> None:
     sys.stdout.flush()
 
 
-def serve() -> None:
-    """Fork a process for each order; wait for one when told to."""
-    import openai  # noqa: F401 - once, not in every run
+def model(width: int = 0) -> Any:
+    """The testbed; or one with random weights whose language layers have so many neurons."""
+    import torch
+    from transformers import LlavaForConditionalGeneration
 
     import neuronlens as nl
     from neuronlens import testbed
 
     bed = testbed.load()
-    adapter = nl.adapt(bed.model, bed.processor)
+    if not width:
+        return nl.adapt(bed.model, bed.processor)
+    config = bed.model.config
+    config.text_config.intermediate_size = width
+    torch.manual_seed(0)
+    return nl.adapt(LlavaForConditionalGeneration(config).eval(), bed.processor)
+
+
+def serve(width: int) -> None:
+    """Fork a process for each order; wait for one when told to."""
+    import openai  # noqa: F401 - once, not in every run
+
+    adapter = model(width)
     _say("ready")
     for line in sys.stdin:
         order = json.loads(line)
@@ -317,4 +330,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

@@ -1,10 +1,10 @@
 """A study of many text neurons over a chat server: how long, how much CPU, memory and disk.
 
-`python tests/programs/study_at_size.py --neurons 2000` explains neurons of the testbed with one
-request each and simulates each on five samples, against a local server that waits 50 ms before it
-answers. All neurons are classified as text, by thresholds that every text token exceeds, since the
-testbed has too few text neurons; each explanation carries its neuron's name, since the server
-knows only a few sentences. `--kill 2` runs the study once more into another folder, kills it that
+`python tests/programs/study_at_size.py --neurons 2000` explains neurons with one request each and
+simulates each on five samples, against a local server that waits 50 ms before it answers. The
+model is the testbed's with more neurons and random weights. All neurons are classified as text, by
+thresholds that every text token exceeds; each explanation carries its neuron's name, since the
+server knows only a few sentences. `--kill 2` runs the study once more into another folder, kills it that
 many times at random moments, goes on, and compares.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kill_study import Forks, Job, content, forking
+from kill_study import Forks, Job, content, forking, model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from servers import ChatServer, chat_server
@@ -39,19 +39,21 @@ def say(what: object = "") -> None:
     sys.stdout.flush()
 
 
+def width(neurons: int) -> int:
+    """Of each of the four language layers."""
+    return -(-neurons // 4)
+
+
 def prepare(folder: Path, scenes: int, neurons: int, concurrency: int) -> Job:
-    """A scan of the testbed, and the study of neurons from all over it."""
+    """A scan of the model, and the study of all its language neurons."""
     import neuronlens as nl
     from neuronlens import testbed
 
-    bed = testbed.load()
-    adapter = nl.adapt(bed.model, bed.processor)
+    adapter = model(width(neurons))
     samples = nl.read_samples(testbed.write(folder / "scenes", scenes, seed=1))
     atlas = nl.scan(adapter, samples, out=folder / "atlas", n=20)
     kinds = nl.NeuronClassifier(**READINGS).classify(atlas)
     chosen = kinds.select("text", n=neurons)
-    if len(chosen) < neurons:
-        sys.exit(f"The testbed has {len(chosen)} neurons that read text: choose fewer.")
     return Job(
         out=str(folder / "study"),
         atlas=str(folder / "atlas"),
@@ -123,12 +125,11 @@ def profile(job: Job) -> None:
     """Run the study in this process, and say where the time goes, in each thread."""
     import asyncio
 
-    import neuronlens as nl
-    from neuronlens import testbed
-
-    bed = testbed.load()
-    adapter = nl.adapt(bed.model, bed.processor)
     from kill_study import Named
+
+    import neuronlens as nl
+
+    adapter = model(width(len(job.neurons)))
 
     chat = nl.chat.OpenAIChat("m", base_url=job.base_url, concurrency=job.concurrency)
     atlas = nl.Atlas.open(job.atlas)
@@ -179,7 +180,7 @@ def main() -> None:
             if given.profile:
                 profile(job)
                 return
-            with forking() as forks:
+            with forking(width(given.neurons)) as forks:
                 measure(forks, job, server, given.latency)
                 if given.kill:
                     kill(forks, job, server, given.kill, given.seed)

@@ -14,7 +14,7 @@ from neuronlens.running.reduce import (
     reduce,
     reduce_everything,
 )
-from neuronlens.running.statistics import FiringCounts, RoleSummary, SiteStatistics
+from neuronlens.running.statistics import FiringCounts, Incoming, RoleSummary, SiteStatistics
 from neuronlens.running.top import ABSENT, Gate, TopSamples
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LARGEST_SUM",
     "FiringCounts",
     "Gate",
+    "Incoming",
     "Layout",
     "Reduction",
     "RoleSummary",

@@ -140,6 +140,18 @@ class Layout:
         """All samples' eligible text, on the device; None where there is none."""
         return self._padded(self._text) if any(map(len, self._text)) else None
 
+    @cached_property
+    def order(self) -> Int[Tensor, " token"]:
+        """Positions of all counted tokens, by sample and then by role, on the device."""
+        parts = [roles[role] for roles in self._positions for role in COUNTED]
+        return sent(torch.cat(parts).to(torch.int32), self.device)
+
+    @cached_property
+    def starts(self) -> Int[Tensor, " group"]:
+        """Where each sample's tokens of each role begin in `order`, and the end, on the device."""
+        ends = self.tokens.flatten().cumsum(0)
+        return sent(torch.cat([ends.new_zeros(1), ends]).to(torch.int32), self.device)
+
     def scratch(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Memory to work in, which all sites of the stream share."""
         key = (shape, dtype)
@@ -158,13 +170,14 @@ class Layout:
         first, step = int(index[0, 0]), int(index[-1, 0] - index[0, 0]) // max(1, len(index) - 1)
         even = torch.arange(len(index))[:, None] * step + torch.arange(index.shape[1]) + first
         return Padded(
-            self._sent(index),
-            self._sent(missing) if bool(missing.any()) else None,
+            sent(index, self.device),
+            sent(missing, self.device) if bool(missing.any()) else None,
             (first, step) if step >= 0 and torch.equal(even, index) else None,
         )
 
-    def _sent(self, made: Tensor) -> Tensor:
-        """On the device; not waited for where the memory allows it."""
-        if self.device.type == "cuda":
-            return made.pin_memory().to(self.device, non_blocking=True)
-        return made.to(self.device)
+
+def sent(made: Tensor, device: torch.device) -> Tensor:
+    """On the device; not waited for where the memory allows it."""
+    if device.type == "cuda":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)

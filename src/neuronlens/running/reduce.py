@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neuronlens.activations import Activation, Routed
+from neuronlens.running.fused import kernels_for
 from neuronlens.running.layout import COUNTED, Layout, Padded, Rows
 from neuronlens.running.top import Gate
 from neuronlens.tokens import Role
@@ -267,7 +268,9 @@ def reduce_everything(
     """Reduce one site's activations of one batch without a look at any number.
 
     For devices that run behind the program: it launches the same few operations whatever the
-    activations are, and never waits. It finds what `reduce` finds without a gate.
+    activations are, and never waits. It finds what `reduce` finds without a gate. A kernel reads
+    each activation once, where the device has one; of a sample that is not finite it finds other
+    numbers, which are of no use either way.
 
     Args:
         activation: act_fn outputs.
@@ -277,31 +280,57 @@ def reduce_everything(
     """
     flat = rearrange(activation, "... neuron -> (...) neuron")
     shape = (layout.samples, len(COUNTED), flat.shape[1])
-    maximum = flat.new_full(shape, LOW)
-    fired = torch.zeros(shape, dtype=torch.int32, device=flat.device)
-    total = torch.zeros(shape, dtype=torch.int64, device=flat.device)
-    finite = torch.ones(layout.samples, dtype=torch.bool, device=flat.device)
-    kept = {
-        side: flat.new_full((layout.samples, flat.shape[1], count), LOW)
-        for side, count in (("visual", keep_visual), ("text", keep_text))
-    }
+    made = Reduction(
+        flat.new_empty(shape),
+        flat.new_empty(shape, dtype=torch.int32),
+        flat.new_empty(shape, dtype=torch.int64),
+        flat.new_ones(layout.samples, dtype=torch.bool),
+        flat.new_empty(layout.samples, flat.shape[1], keep_visual),
+        flat.new_empty(layout.samples, flat.shape[1], keep_text),
+        None,
+        layout.tokens,
+    )
+    kernels = kernels_for(flat.device, flat.dtype, max(keep_visual, keep_text))
+    if kernels is None:
+        _fill(made, flat, layout)
+    else:
+        kernels.reduce_site(
+            flat,
+            layout.order,
+            layout.starts,
+            maximum=made.maximum,
+            fired=made.fired,
+            total=made.total,
+            finite=made.finite,
+            visual=made.visual,
+            text=made.text,
+            visual_place=COUNTED.index(Role.VISUAL),
+            text_places=sum(1 << COUNTED.index(role) for role in set(layout.text_roles)),
+            largest=LARGEST_SUM,
+            steps=float(FIXED_POINT),
+        )
+    return made
+
+
+def _fill(made: Reduction, flat: Float[Tensor, "token neuron"], layout: Layout) -> None:
+    for each in (made.maximum, made.visual, made.text):
+        each.fill_(LOW)
+    for each in (made.fired, made.total):
+        each.zero_()
     for role, padded in layout.padded.items():
         rows, place = padded.of(flat), COUNTED.index(role)
         low = _filled(rows, padded, LOW)
         zero = _filled(rows, padded, 0)
-        maximum[:, place] = low.amax(1) + 0
-        fired[:, place] = (zero > 0).sum(1, dtype=torch.int32)
+        made.maximum[:, place] = low.amax(1) + 0
+        made.fired[:, place] = (zero > 0).sum(1, dtype=torch.int32)
         summed = zero.sum(1, dtype=_summing(flat.device))
-        total[:, place] = _fixed_point(summed)
-        finite &= (summed.abs() < LARGEST_SUM).all(1)
+        made.total[:, place] = _fixed_point(summed)
+        made.finite.logical_and_((summed.abs() < LARGEST_SUM).all(1))
         if role == Role.VISUAL:
-            _put_largest(kept["visual"], low)
+            _put_largest(made.visual, low)
     if layout.padded_text is not None:
         rows = layout.padded_text.of(flat)
-        _put_largest(kept["text"], _filled(rows, layout.padded_text, LOW))
-    return Reduction(
-        maximum, fired, total, finite, kept["visual"], kept["text"], None, layout.tokens
-    )
+        _put_largest(made.text, _filled(rows, layout.padded_text, LOW))
 
 
 def _filled(rows: Tensor, padded: Padded, value: float) -> Tensor:

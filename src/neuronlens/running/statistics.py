@@ -3,14 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neuronlens.running.layout import BLOCKS, COUNTED, block_of
+from neuronlens.running.fused import kernels_for
+from neuronlens.running.layout import BLOCKS, COUNTED, block_of, sent
 from neuronlens.running.reduce import Reduction
 from neuronlens.running.top import TopSamples
+
+
+@dataclass(frozen=True, eq=False)
+class Incoming:
+    """The samples of a batch that has run, the same ones at every site.
+
+    Made once per batch, so that a device is told about them once.
+
+    Attributes:
+        positions: Each sample's position in the caller's sequence.
+        sample_ids: Each sample's own id; its hash gives the block.
+        domains: Each sample's domain.
+        keep: False for samples that are skipped; on the CPU.
+    """
+
+    positions: Sequence[int]
+    sample_ids: Sequence[str]
+    domains: Sequence[str]
+    keep: Bool[Tensor, " sample"]
+
+    def ids_on(self, device: torch.device) -> Int[Tensor, " sample"]:
+        """The positions."""
+        return self._on("ids", self.ids, device)
+
+    def keep_on(self, device: torch.device) -> Bool[Tensor, " sample"]:
+        """Which samples are kept."""
+        return self._on("keep", self.keep, device)
+
+    def rows_on(self, domain: str, device: torch.device) -> Int[Tensor, " row"]:
+        """The samples of a domain that are kept."""
+        return self._on(f"rows of {domain}", self.rows[domain], device)
+
+    def blocks_on(self, domain: str, device: torch.device) -> Int[Tensor, " row"]:
+        """Their blocks."""
+        return self._on(f"blocks of {domain}", self.blocks[domain], device)
+
+    @cached_property
+    def ids(self) -> Int[Tensor, " sample"]:
+        """The positions, on the CPU."""
+        return torch.tensor(self.positions, dtype=torch.int32)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every sample is kept."""
+        return bool(self.keep.all())
+
+    @cached_property
+    def rows(self) -> Mapping[str, Int[Tensor, " row"]]:
+        """By domain, the samples that are kept, on the CPU."""
+        found: dict[str, list[int]] = {}
+        for row in self.keep.nonzero().squeeze(1).tolist():
+            found.setdefault(self.domains[row], []).append(row)
+        return {domain: torch.tensor(rows) for domain, rows in found.items()}
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Int[Tensor, " row"]]:
+        """By domain, the blocks of its samples that are kept, on the CPU."""
+        return {
+            domain: torch.tensor([block_of(self.sample_ids[row]) for row in rows.tolist()])
+            for domain, rows in self.rows.items()
+        }
+
+    def _on(self, name: str, value: Tensor, device: torch.device) -> Tensor:
+        if (name, device) not in self._sent:
+            self._sent[name, device] = sent(value, device)
+        return self._sent[name, device]
+
+    @cached_property
+    def _sent(self) -> dict[tuple[str, torch.device], Tensor]:
+        return {}
 
 
 class RoleSummary:
@@ -69,10 +142,14 @@ class FiringCounts:
         fired: Int[Tensor, "sample role neuron"],
         tokens: Int[Tensor, "sample role"],
         routed: Int[Tensor, "sample role expert"] | None = None,
+        sent_blocks: Int[Tensor, " sample"] | None = None,
     ) -> None:
-        """Take in samples of one domain, each with its block."""
+        """Take in samples of one domain, each with its block.
+
+        `sent_blocks` are the same blocks, where they are on the device already.
+        """
         self.open(domain)
-        at = blocks.to(self.device)
+        at = blocks.to(self.device) if sent_blocks is None else sent_blocks
         self.fired[domain].index_add_(0, at, fired.long())
         self.tokens[domain].index_add_(0, blocks, tokens)
         if routed is not None:
@@ -114,59 +191,69 @@ class SiteStatistics:
         self.roles = RoleSummary(neurons, dtype, device)
         self.firing = FiringCounts(neurons, experts, device)
 
-    def update(
-        self,
-        reduction: Reduction,
-        positions: Sequence[int],
-        sample_ids: Sequence[str],
-        domains: Sequence[str],
-        keep: Bool[Tensor, " sample"],
-    ) -> None:
-        """Take in the samples of a batch that are to be kept.
-
-        Args:
-            reduction: Of the whole batch.
-            positions: Each sample's position in the caller's sequence.
-            sample_ids: Each sample's own id; its hash gives the block.
-            domains: Each sample's domain.
-            keep: False for samples that are skipped; on the CPU.
-        """
+    def update(self, reduction: Reduction, incoming: Incoming) -> None:
+        """Take in the samples of a batch that are to be kept; the reduction is of all of them."""
         device = self.top.device
-        chosen = None if bool(keep.all()) else keep.to(device)
+        chosen = None if incoming.is_whole else incoming.keep_on(device)
         visual, text = reduction.visual.to(device), reduction.text.to(device)
-        ids = torch.tensor(positions, dtype=torch.int32)
+        maximum, total = reduction.maximum.to(device), reduction.total.to(device)
         entries = reduction.entries
-        if device.type == "cpu" and entries is None:
+        keep = max(visual.shape[-1], text.shape[-1])
+        kernels = kernels_for(device, visual.dtype, keep, self.top.n)
+        if device.type == "cpu" and kernels is None and entries is None:
             value = torch.maximum(visual[..., 0], text[..., 0])
-            passes = self.top.gate.passes(value, ids)
+            passes = self.top.gate.passes(value, incoming.ids_on(device))
             sample, neuron = passes.nonzero(as_tuple=True)
             entries = sample, neuron
             visual, text = visual[entries], text[entries]
         elif device.type != "cpu" and entries is not None:
-            shape = reduction.maximum.shape[0], reduction.maximum.shape[2]
+            shape = maximum.shape[0], maximum.shape[2]
             visual, text = (_spread(kept, entries, shape) for kept in (visual, text))
             entries = None
-        if entries is None:
-            self.top.update(ids.to(device, non_blocking=True), visual, text, chosen)
+        if entries is None and kernels is not None:
+            kernels.take_in(
+                incoming.ids_on(device),
+                incoming.keep_on(device),
+                maximum=maximum,
+                total=total,
+                visual=visual,
+                text=text,
+                **self.top.in_place(),
+                role_maximum=self.roles.maximum,
+                role_total=self.roles.total,
+            )
         else:
-            sample, neuron = (each.to(device) for each in entries)
-            first = torch.searchsorted(sample, torch.arange(len(keep) + 1, device=device)).tolist()
-            for row in keep.nonzero().squeeze(1).tolist():
-                here = slice(first[row], first[row + 1])
-                self.top.insert(positions[row], neuron[here], visual[here], text[here])
-        self.roles.update(reduction.maximum.to(device), reduction.total.to(device), chosen)
+            self.roles.update(maximum, total, chosen)
+            if entries is not None:
+                self._insert(entries, visual, text, incoming)
+            else:
+                self.top.update(incoming.ids_on(device), visual, text, chosen)
         fired = reduction.fired.to(device)
-        for domain in dict.fromkeys(domains):
-            rows = [i for i, each in enumerate(domains) if each == domain and bool(keep[i])]
-            if rows:
-                whole = len(rows) == len(domains)
-                self.firing.update(
-                    domain,
-                    torch.tensor([block_of(sample_ids[row]) for row in rows]),
-                    fired if whole else fired[torch.tensor(rows, device=device)],
-                    reduction.tokens[rows],
-                    None if reduction.routed is None else reduction.routed[rows],
-                )
+        for domain, rows in incoming.rows.items():
+            whole = len(rows) == len(incoming.keep)
+            self.firing.update(
+                domain,
+                incoming.blocks[domain],
+                fired if whole else fired[incoming.rows_on(domain, device)],
+                reduction.tokens[rows],
+                None if reduction.routed is None else reduction.routed[rows],
+                incoming.blocks_on(domain, device),
+            )
+
+    def _insert(
+        self,
+        entries: tuple[Tensor, Tensor],
+        visual: Float[Tensor, "entry kept_visual"],
+        text: Float[Tensor, "entry kept_text"],
+        incoming: Incoming,
+    ) -> None:
+        """Let the samples that are kept enter the lists, one behind the other."""
+        sample, neuron = (each.to(self.top.device) for each in entries)
+        bounds = torch.arange(len(incoming.keep) + 1, device=sample.device)
+        first = torch.searchsorted(sample, bounds).tolist()
+        for row in incoming.keep.nonzero().squeeze(1).tolist():
+            here = slice(first[row], first[row + 1])
+            self.top.insert(incoming.positions[row], neuron[here], visual[here], text[here])
 
     def move(self, device: torch.device) -> None:
         """Go on counting on another device."""

@@ -166,6 +166,19 @@ class TopSamples:
             text.transpose(0, 1).masked_fill(absent[..., None], low),
         )
 
+    def in_place(self) -> dict[str, Tensor]:
+        """The lists, to be changed, in any order: by the names that `kernels.take_in` has."""
+        self._is_sorted = False
+        return {
+            "top_ids": self._ids,
+            "top_visual": self._visual,
+            "top_text": self._text,
+            "top_value": self._value,
+            "gate_value": self._gate.value,
+            "gate_id": self._gate.id,
+            "last": self._last,
+        }
+
     def merge(self, other: TopSamples) -> None:
         """Take in the top samples of other data."""
         self._merge(other._ids, other._visual, other._text)

@@ -130,7 +130,7 @@ def read_samples(path: str | Path, images: str | Path | None = None) -> list[Sam
         images: Folder of the images, if not that of the file.
 
     Returns:
-        The samples in the order of the file. Images are not opened: one that is missing
+        The samples in the order of the file. Images are not opened; one that is missing
         or broken is skipped, by name, when it is needed.
 
     Raises:

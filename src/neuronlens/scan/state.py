@@ -16,7 +16,14 @@ from neuronlens.atlas import Choices, SampleRecord, Skipped
 from neuronlens.errors import SampleError, SkippedError
 from neuronlens.neurons import NeuronSite
 from neuronlens.recorder import record
-from neuronlens.running import Layout, Reduction, SiteStatistics, reduce, reduce_everything
+from neuronlens.running import (
+    Incoming,
+    Layout,
+    Reduction,
+    SiteStatistics,
+    reduce,
+    reduce_everything,
+)
 from neuronlens.scan.checkpoint import Saved
 from neuronlens.scan.feed import Encoded, skip_record
 from neuronlens.tokens import TokenMap
@@ -189,8 +196,14 @@ class ScanState:
         records = [r for r, kept in zip(encoded.records, keep.tolist(), strict=True) if kept]
         self.is_whole = False  # until the end: what raises here leaves half a batch
         if records:
+            incoming = Incoming(
+                [each.position for each in encoded.records],
+                [str(each.id) for each in encoded.records],
+                [each.domain or "" for each in encoded.records],
+                keep,
+            )
             for site in self.sites:
-                self._update(site, staged.reductions[site.name], encoded.records, keep)
+                self._update(site, staged.reductions[site.name], incoming)
         self.records += records
         self.skipped += skipped
         self.samples += len(records)
@@ -203,13 +216,7 @@ class ScanState:
                 + "\n".join(each.detail for each in self.skipped)
             )
 
-    def _update(
-        self,
-        site: NeuronSite,
-        reduction: Reduction,
-        records: Sequence[SampleRecord],
-        keep: Bool[Tensor, " sample"],
-    ) -> None:
+    def _update(self, site: NeuronSite, reduction: Reduction, incoming: Incoming) -> None:
         where = torch.device("cpu") if self.where == "cpu" else reduction.maximum.device
         if site.name not in self.statistics:
             self.statistics[site.name] = SiteStatistics(
@@ -222,13 +229,7 @@ class ScanState:
                 where,
             )
         self.statistics[site.name].move(where)
-        self.statistics[site.name].update(
-            reduction,
-            [each.position for each in records],
-            [str(each.id) for each in records],
-            [each.domain or "" for each in records],
-            keep,
-        )
+        self.statistics[site.name].update(reduction, incoming)
 
 
 def _finite(

@@ -11,8 +11,8 @@ from neuronlens.score.neuron import Modality, Score, neuron_score
 from neuronlens.score.summary import Difference, Summary, difference, summarise
 
 __all__ = [
-    "Modality",
     "Difference",
+    "Modality",
     "ModalityScore",
     "Score",
     "Summary",

@@ -24,7 +24,7 @@ class AnnotationSegmenter:
 
     @property
     def name(self) -> str:
-        """The class: everything else is in the samples."""
+        """The class; everything else is in the samples."""
         return "AnnotationSegmenter"
 
     def segment(self, sample: Sample, image: int, phrases: Sequence[str]) -> NDArray[np.bool_]:

@@ -64,7 +64,7 @@ class CachedSegmenter:
 
     @property
     def name(self) -> str:
-        """The segmenter's own: the masks are the same."""
+        """The segmenter's own, since the masks are the same."""
         return self.segmenter.name
 
     def segment(

@@ -18,7 +18,7 @@ class Segmenter(Protocol):
 
     @property
     def name(self) -> str:
-        """Says what makes the masks: another name wherever the masks could be others.
+        """What makes the masks, in words; other words wherever the masks could be others.
 
         Caches keep masks by it, and manifests carry it.
         """
