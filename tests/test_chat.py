@@ -684,7 +684,8 @@ COSTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50)), min_size=1, m
 @given(COSTS, st.integers(0, 3000), st.integers(1, 9))
 def test_the_price_and_the_tokens_are_never_above_the_budget(tmp_path, costs, most, concurrency):
     asked = [question(f"{n} of {most}", None, max_tokens=50) for n in range(len(costs))]
-    about = chat_for_nobody()._prompt_tokens(asked[0].messages)
+    chat = chat_for_nobody()
+    about = chat._prompt_tokens(chat._words(asked[0].messages), len(asked[0].messages))
     usages = [
         {"usage": {"prompt_tokens": about if long else 3, "completion_tokens": written}}
         for long, written in costs

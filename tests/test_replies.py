@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, RootModel
 
 from neuronlens.chat import Message, Picture, ReplyStore, Request
 from neuronlens.chat.parse import InvalidReplyError, parse
-from neuronlens.chat.replies import StoredReply
+from neuronlens.chat.replies import Answered, StoredReply
 from neuronlens.chat.request import instruction, is_closed, schema
 from neuronlens.errors import DataError, UnknownNameError
 
@@ -57,7 +57,8 @@ def request(*parts, **more) -> Request:
 
 def keep(store, asked, text="a dog", model="tiny", **more) -> str:
     key = asked.key(model)
-    store.put(key, asked, model, StoredReply(text=text, model=model, **more), words=10)
+    reply = StoredReply(text=text, model=model, **more)
+    store.put([Answered(key, asked, model, reply, words=10)])
     return key
 
 

@@ -4,8 +4,8 @@
 simulates each on five samples, against a local server that waits 50 ms before it answers. The
 model is the testbed's with more neurons and random weights. All neurons are classified as text, by
 thresholds that every text token exceeds; each explanation carries its neuron's name, since the
-server knows only a few sentences. `--kill 2` runs the study once more into another folder, kills it that
-many times at random moments, goes on, and compares.
+server knows only a few sentences. `--kill 2` runs the study once more into another folder, kills it
+that many times at random moments, goes on, and compares.
 """
 
 from __future__ import annotations

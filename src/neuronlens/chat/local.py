@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neuronlens.chat.budget import Budget, Held
 from neuronlens.chat.model import ChatModel, Reply, again
-from neuronlens.chat.replies import ReplyStore, StoredReply
+from neuronlens.chat.replies import Answered, ReplyStore, StoredReply
 from neuronlens.chat.request import Message, Request, sendable
 from neuronlens.errors import BudgetError, ChatError
 from neuronlens.explanation import Failure
@@ -110,8 +110,10 @@ class TransformersChat(ChatModel):
                 raise ChatError("Asking was stopped. What was answered is stored.")
             failed = []
             for each, reply in zip(left, self._generated(left, attempt), strict=True):
-                judged = self._judge(each.request, each.key, reply, self._words(each.messages))
+                words = self._words(each.messages)
+                judged = self._judge(each.request, each.key, reply, words)
                 if isinstance(judged, Reply):
+                    self.replies.put([Answered(each.key, each.request, self.name, reply, words)])
                     done[each.key] = judged
                     continue
                 why = f"no valid reply after {self.attempts} attempts: {judged}"

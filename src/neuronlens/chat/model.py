@@ -119,15 +119,16 @@ class ChatModel(ABC):
             prompt += (
                 round(factor * self._words(request.messages))
                 if factor
-                else self._prompt_tokens(request.messages)
+                else self._prompt_tokens(self._words(request.messages), len(request.messages))
             )
             completion += request.expected_tokens
         price = None if self._prices is None else self._prices.of(prompt, completion)
         return Estimate(missing, stored, prompt, completion, price)
 
-    def _prompt_tokens(self, messages: Sequence[Message]) -> int:
+    @staticmethod
+    def _prompt_tokens(words: int, messages: int) -> int:
         """About how many tokens are sent: words, marks and line breaks, images, and roles."""
-        return round(TOKENS_PER_WORD * self._words(messages)) + 4 * len(messages)
+        return round(TOKENS_PER_WORD * words) + 4 * messages
 
     def _words(self, messages: Sequence[Message]) -> int:
         """Words of the texts; an image counts as many words as make its tokens."""
@@ -153,14 +154,12 @@ class ChatModel(ABC):
     def _judge(
         self, request: Request, key: str, reply: StoredReply, words: int
     ) -> Reply | InvalidReplyError:
-        """Store a reply if it is an answer; count it if it is none."""
+        """The answer in a reply, which is still to be stored; what is none is rejected."""
         try:
-            value = parse(request, reply.text)
+            return Reply(key, reply.text, parse(request, reply.text), stored=False)
         except InvalidReplyError as error:
             self.replies.reject(key, request, self.name, reply, words, error)
             return error
-        self.replies.put(key, request, self.name, reply, words)
-        return Reply(key, reply.text, value, stored=False)
 
 
 def _store(replies: str | Path | ReplyStore | None) -> ReplyStore:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -19,7 +21,7 @@ from pydantic import BaseModel
 
 from neuronlens.chat.budget import Budget, Prices
 from neuronlens.chat.model import ChatModel, Reply, again
-from neuronlens.chat.replies import ReplyStore, StoredReply
+from neuronlens.chat.replies import Answered, ReplyStore, StoredReply
 from neuronlens.chat.request import Message, Request, sendable
 from neuronlens.chat.wire import (
     Detail,
@@ -146,7 +148,7 @@ class OpenAIChat(ChatModel):
         return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
 
     def _client(self) -> AsyncOpenAI:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAioHttpClient
 
         key = self._key()
         if not key and self.base_url is None:
@@ -159,11 +161,15 @@ class OpenAIChat(ChatModel):
                 f"The key in {self.key_env} has a character that no key has. Was it copied whole, "
                 "and alone?"
             )
+        # The client's usual transport looks at every connection for every request; the other one
+        # takes no address with a name in it beside a key.
+        quick = find_spec("aiohttp") and "@" not in urlsplit(self.base_url or "").netloc
         return AsyncOpenAI(
             api_key=key or "none",
             base_url=self.base_url,
             max_retries=0,  # our own retries look at the reply as well
             timeout=self.timeout,
+            http_client=DefaultAioHttpClient() if quick else None,
         )
 
     def _key(self) -> str:
@@ -238,6 +244,7 @@ class _Run:
         self._answers: dict[int, Reply | Failure] = {}
         self._asked: dict[str, asyncio.Future[Reply | Failure]] = {}
         self._lost = 0
+        self._keeping: list[tuple[Answered, asyncio.Future[None]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._error: BaseException | None = None
@@ -267,12 +274,17 @@ class _Run:
                 self._loop.call_soon_threadsafe(self._task.cancel)
 
     def _drive(self) -> None:
+        # Beside models and recordings, looking for garbage among everything there is would take
+        # a tenth of the time.
+        gc.freeze()
         try:
             asyncio.run(self._all())
         except asyncio.CancelledError:
             pass
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             self._error = error
+        finally:
+            gc.unfreeze()
 
     async def _all(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -339,7 +351,9 @@ class _Run:
         for attempt in range(1, chat.attempts + 1):
             if self._ending.is_set():
                 break
-            asked = _Asked(request, messages, max_tokens, chat._prompt_tokens(messages), attempt)
+            words = chat._words(messages)
+            about = chat._prompt_tokens(words, len(messages))
+            asked = _Asked(request, messages, max_tokens, about, attempt)
             held = chat.purse.hold(asked.about, max_tokens)
             received: StoredReply | None = None
             try:
@@ -350,7 +364,7 @@ class _Run:
                 self._lost, received = 0, error.received
                 if received is None:
                     return Failure(str(error))
-                chat.replies.reject(key, request, chat.name, received, chat._words(messages), error)
+                chat.replies.reject(key, request, chat.name, received, words, error)
                 return Failure(str(error), asked=key)
             finally:
                 if received is None:
@@ -358,14 +372,36 @@ class _Run:
                 else:
                     chat.purse.settle(held, received.prompt_tokens, received.completion_tokens)
             self._lost = 0
-            judged = chat._judge(request, key, received, chat._words(messages))
+            judged = chat._judge(request, key, received, words)
             if isinstance(judged, Reply):
+                await self._keep(Answered(key, request, chat.name, received, words))
                 return judged
             problem = judged
             messages = again(request.messages, received.text, judged)
             if received.cut_short:
                 max_tokens = 2 * max_tokens
         return Failure(f"no valid reply after {chat.attempts} attempts: {problem}", asked=key)
+
+    async def _keep(self, answered: Answered) -> None:
+        """Have an answer stored, together with those that came at the same time."""
+        kept = asyncio.get_running_loop().create_future()
+        self._keeping.append((answered, kept))
+        if len(self._keeping) == 1:
+            asyncio.get_running_loop().call_soon(self._store)
+        await kept
+
+    def _store(self) -> None:
+        keeping, self._keeping = self._keeping, []
+        try:
+            self._chat.replies.put([answered for answered, _ in keeping])
+        except BaseException as error:  # noqa: BLE001 - raised where each is waited for
+            for _, kept in keeping:
+                if not kept.done():
+                    kept.set_exception(error)
+        else:
+            for _, kept in keeping:
+                if not kept.done():
+                    kept.set_result(None)
 
     def _given_up(self, reason: str) -> Failure:
         """A request that failed for good in passing; many in a row mean the server is gone."""

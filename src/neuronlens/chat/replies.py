@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from neuronlens.show import Html, escaped, picture
 
 _OURS = 0x6E6C7231
 """SQLite's application id of a store of replies, so that no other program's file is written to."""
+
+_PATIENCE = 60.0
+"""Seconds to wait for others that write to the file."""
 
 _TABLES = f"""
 BEGIN IMMEDIATE;
@@ -59,6 +63,25 @@ class StoredReply(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cut_short: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A valid answer that is to be kept.
+
+    Attributes:
+        key: Of the request.
+        request: What was asked.
+        model: Who was asked.
+        reply: What was answered.
+        words: Of the conversation that was sent.
+    """
+
+    key: str
+    request: Request
+    model: str
+    reply: StoredReply
+    words: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +165,7 @@ class ReplyStore:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
                 ":memory:" if self.path is None else self.path,
-                timeout=60,
+                timeout=_PATIENCE,
                 check_same_thread=False,
                 isolation_level=None,
             )
@@ -159,7 +182,16 @@ class ReplyStore:
         if tables and owner != _OURS:
             raise sqlite3.DatabaseError("it is a database of another kind")
         # A killed process loses nothing that was committed in this mode, only a power cut may.
-        self._database.execute("PRAGMA journal_mode = WAL")
+        # Its beginning does not wait for others that are opening the file, so we do.
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.executescript(_TABLES)
 
@@ -191,19 +223,21 @@ class ReplyStore:
             row = database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
             return None if row is None else StoredReply.model_validate_json(row[0])
 
-    def put(self, key: str, request: Request, model: str, reply: StoredReply, words: int) -> None:
-        """Keep a valid answer, with everything that was asked."""
+    def put(self, answered: Sequence[Answered]) -> None:
+        """Keep valid answers, with everything that was asked: all of them or none."""
         with self._using() as database, database:
-            row = (key, request.canonical(model), reply.model_dump_json())
-            self._insert("replies", request.messages, row)
-            self._attempt(key, "answered", reply, words)
-        self._known.update(message.digest for message in request.messages)
+            database.execute("BEGIN IMMEDIATE")
+            for each in answered:
+                row = (each.key, each.request.canonical(each.model), each.reply.model_dump_json())
+                self._insert("replies", each.request.messages, row)
+                self._attempt(each.key, "answered", each.reply, each.words)
+        for each in answered:
+            self._known.update(message.digest for message in each.request.messages)
 
     def _insert(
         self, table: Literal["replies", "rejected"], messages: Iterable[Message], row: _Row
     ) -> None:
         new = [message for message in messages if message.digest not in self._known]
-        self._database.execute("BEGIN IMMEDIATE")
         self._database.executemany(
             "INSERT OR IGNORE INTO pictures VALUES (?, ?)",
             [(p.digest, p.jpeg) for message in new for p in message.pictures],
@@ -222,6 +256,7 @@ class ReplyStore:
         The request is asked again whenever it comes.
         """
         with self._using() as database, database:
+            database.execute("BEGIN IMMEDIATE")
             row = (key, request.canonical(model), reply.model_dump_json())
             self._insert("rejected", request.messages, row)
             self._attempt(key, f"invalid: {why}", reply, words)
@@ -300,6 +335,7 @@ class ReplyStore:
                     continue
                 messages = [self._message(each) for each in json.loads(row[0])["messages"]]
             with other._using() as database, database:
+                database.execute("BEGIN IMMEDIATE")
                 other._insert(table, messages, (key, *row))
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -30,8 +31,12 @@ class LastingError(Exception):
         self.received = received
 
 
+@lru_cache(maxsize=256)
 def turn(message: Message, detail: Detail) -> dict[str, Any]:
-    """A message; pictures are data URLs where they stand in the text."""
+    """A message; pictures are data URLs where they stand in the text.
+
+    Remembered, since the same worked neurons precede every question.
+    """
     if not message.pictures:
         return {"role": message.role, "content": message.text}
     parts = [

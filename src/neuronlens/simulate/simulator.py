@@ -34,7 +34,8 @@ class SimulationJob:
     @cached_property
     def text(self) -> Bool[np.ndarray, " token"]:
         """True at the text tokens that count."""
-        return np.asarray(self.tokens.is_role(*self.text_roles).numpy())
+        roles = [int(role) for role in self.text_roles]
+        return np.asarray(np.isin(self.tokens.role.numpy(), roles))
 
 
 @dataclass(frozen=True, eq=False)

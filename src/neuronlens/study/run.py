@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -290,6 +291,9 @@ class _Run:
             neuron = NeuronId.parse(name)
             if neuron in said:
                 by_category.setdefault(self.kinds.of(neuron), []).append(neuron)
+        for several in by_category.values():
+            # By name: the null does not depend on the order in which neurons were given.
+            several.sort(key=str)
         with self._bar("scored", len(neurons)) as bar:
             for some in _parts(neurons, self.chunk):
                 trials, of_null = [], []
@@ -332,10 +336,12 @@ class _Run:
 
     def _others(self, neuron: NeuronId, same: Sequence[NeuronId]) -> list[NeuronId]:
         """Other neurons of the category, whose explanations make a neuron's null."""
-        # By name: the draw does not depend on the order in which neurons were given.
-        others = sorted((other for other in same if other != neuron), key=str)
+        if not self.manifest.null_draws:
+            return []
+        own = bisect_left(same, str(neuron), key=str)
         rng = np.random.default_rng([self.manifest.seed, 1, zlib.crc32(str(neuron).encode())])
-        return [others[i] for i in rng.permutation(len(others))[: self.manifest.null_draws]]
+        drawn = rng.permutation(len(same) - 1)[: self.manifest.null_draws].tolist()
+        return [same[i if i < own else i + 1] for i in drawn]
 
     def _write(self, neuron: NeuronId, outcome: Outcome | None, null: list[float]) -> None:
         said, found = self.kept.said[neuron], self.found[neuron]
