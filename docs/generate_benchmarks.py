@@ -29,6 +29,7 @@ sys.path.insert(0, str(DOCS))
 
 from benchmark import (  # noqa: E402 - it is in docs
     alternatives,
+    asking,
     gpu,
     growth,
     killing,
@@ -103,6 +104,13 @@ PARTS = {
         2,
         {"middle_pairs": 12, "testbed_pairs": 50},
         {"middle_pairs": 2, "testbed_pairs": 4},
+    ),
+    "asking": Part(
+        asking.Asking,
+        asking.told,
+        1,
+        {"neurons": 2000, "kills": 2},
+        {"neurons": 40, "kills": 1},
     ),
     "simulating": Part(
         simulating.Simulating,
