@@ -47,15 +47,21 @@ def main() -> None:
         for sampling in ("top", "random")
     }  # fmt: skip
     compared = studies["top"].compare(studies["random"])
-    print(f"\n{'category':<11} {'n':>4}  {'top':<22} {'random':<22} {'null':>6}  top - random")
+    head = f"{'top':<22} {'null':>6}  {'random':<22} {'null':>6}"
+    print(f"\n{'category':<11} {'n':>4}  {head}  top - random")
     for category, paired in compared.items():
         top, random = (studies[name].summary()[category] for name in ("top", "random"))
         print(
             f"{category:<11} {top.neurons:>4}  {shown(top.mean, top.interval):<22} "
-            f"{shown(random.mean, random.interval):<22} {shown(top.null):>6}  "
-            f"{shown(paired.mean, paired.interval)}"
+            f"{shown(top.null):>6}  {shown(random.mean, random.interval):<22} "
+            f"{shown(random.null):>6}  {shown(paired.mean, paired.interval)}"
         )
-    print("\n95 % bootstrap intervals over neurons; the null is that of the explanations from top.")
+    print("\n95 % bootstrap intervals over neurons. Constant predictions count as 0, neurons of")
+    print("constant truth are left out; not scored at all:")
+    for name, study in studies.items():
+        left = sum(each.undefined for each in study.summary().values())
+        zero = sum(each.constant_predictions for each in study.summary().values())
+        print(f"  {name}: {zero} as 0, {left} left out, failures {study.failures() or 'none'}")
 
 
 def shown(mean: float | None, interval: tuple[float, float] | None = None) -> str:

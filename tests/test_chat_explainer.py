@@ -116,6 +116,37 @@ def test_eight_worked_neurons_of_the_same_kind_precede():
         assert len(request(job(kind), worked=2).messages) == 2 + 4
 
 
+def test_visual_tokens_that_see_no_region_are_not_shown_as_black_images():
+    def blind(category):
+        made = {"visual": visual, "multimodal": both}[category]()
+        made.tokens.box[:] = float("nan")
+        return job(category, [made])
+
+    lost, said = nl.ChatExplainer(Answering()).explain([blind("visual"), blind("multimodal")])
+    assert "no patch with a region" in lost.reason
+    assert said.phrases == ()
+    pictures, text = shown(request(blind("multimodal")))
+    assert pictures == []
+    assert '"red "' in text
+
+
+def test_samples_on_which_the_neuron_fires_are_no_contrast():
+    loud = both((0, 0, 0), (0, 2, 0))
+    quiet = both((0, 0.3, -1), (0, 0, 0))
+    _, said = shown(request(job("multimodal", contrast=(loud, quiet)), contrast=2))
+    assert "Quiet sample 1" in said
+    assert "Quiet sample 2" not in said
+    assert "does not fire" not in shown(request(job("multimodal", contrast=(loud,)), contrast=2))[1]
+
+
+@pytest.mark.parametrize(
+    "sentence", [".", " \n", "...", "The main thing this neuron does is find ..."]
+)
+def test_a_sentence_that_says_nothing_is_asked_again(sentence):
+    with pytest.raises(ValueError, match="says nothing"):
+        explained(sentence=sentence)
+
+
 def test_a_large_image_is_sent_smaller_and_keeps_its_shape():
     wide = exemplar("v", [1.0], sample=nl.Sample("wide", (Image.new("RGB", (1200, 300)),), "p"))
     (picture,), _ = shown(request(job("visual", [wide]), image_side=400))
@@ -194,7 +225,6 @@ def test_only_what_the_kind_has_is_taken_over():
         ("Red cars", "red cars"),
         ("A car", "a car"),
         ("BMW badges", "BMW badges"),
-        (".", "."),
     ],
 )
 def test_a_sentence_is_the_phrase_alone(said, kept):

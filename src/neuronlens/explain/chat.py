@@ -63,7 +63,10 @@ for a neuron of text only;
 - `predicts`: whether it fires before the words rather than on them;
 - `confidence`: from 0 to 1, how sure you are.
 """
-_CONTRAST = "For comparison, samples of the same kind on which the neuron does not fire:"
+_CONTRAST = (
+    "For comparison, samples of the same kind on which the neuron does not fire. Their images are "
+    "shown as they are, with nothing covered:"
+)
 
 
 class Said(BaseModel):
@@ -74,8 +77,8 @@ class Said(BaseModel):
     sentence: Annotated[str, Field(min_length=1, max_length=400)]
     phrases: Annotated[list[str], Field(max_length=3)]
     words: Annotated[list[str], Field(max_length=5)]
-    predicts: bool
-    confidence: Annotated[float, Field(ge=0, le=1)]
+    predicts: Annotated[bool, Field(strict=True)]
+    confidence: Annotated[float, Field(strict=True, ge=0, le=1)]
 
 
 class Asks(Protocol):
@@ -120,6 +123,12 @@ class ChatExplainer:
     ) -> None:
         if images not in ("modulated", "raw"):
             raise ValueError(f"No images {images!r}. They are 'modulated' or 'raw'.")
+        if not 0 <= worked <= 8 or contrast < 0 or temperature < 0 or image_side < 1:
+            raise ValueError(
+                f"worked={worked}, contrast={contrast}, temperature={temperature}, "
+                f"image_side={image_side} were given. worked is from 0 to 8, contrast and "
+                "temperature at least 0, image_side at least 1."
+            )
         self.chat = chat
         self.images: Images = images
         self.contrast = contrast
@@ -150,7 +159,7 @@ class ChatExplainer:
         )
         replies = iter(self.chat.ask(asked))
         return [
-            Failure("it has no exemplar with tokens that can be shown")
+            Failure("it has no exemplar to be shown: no text that counts, no patch with a region")
             if kind is None
             else _explanation(next(replies), kind)
             for kind in kinds
@@ -164,9 +173,10 @@ class ChatExplainer:
         parts: list[str | Picture] = []
         for number, exemplar in enumerate(job.exemplars, 1):
             parts += self._shown(kind, f"Sample {number}", exemplar, self.images)
-        if job.contrast and self.contrast:
+        quiet = [each for each in job.contrast if _is_quiet(each)][: self.contrast]
+        if quiet:
             parts.append(_CONTRAST)
-            for number, exemplar in enumerate(job.contrast[: self.contrast], 1):
+            for number, exemplar in enumerate(quiet, 1):
                 # All black, a modulated image would say nothing about what is not looked for.
                 parts += self._shown(kind, f"Quiet sample {number}", exemplar, "raw")
         opening = _opening(kind, self.images, self.predictive, self.worked)
@@ -198,11 +208,21 @@ class ChatExplainer:
 
 
 def kind_of(job: ExplanationJob) -> Kind | None:
-    """What is shown of a neuron; None if there is nothing to show."""
-    sides = modalities(job.category, job.exemplars)
+    """What is shown of a neuron; None if there is nothing to show.
+
+    Visual tokens that see no single region would leave a modulated image black.
+    """
+    seen = any(each.regions.any() for each in job.exemplars)
+    sides = [s for s in modalities(job.category, job.exemplars) if s != "visual" or seen]
     if not job.exemplars or not sides:
         return None
     return "multimodal" if len(sides) == 2 else sides[0]
+
+
+def _is_quiet(exemplar: Exemplar) -> bool:
+    """Whether every token that counts is at level 0, as it is shown."""
+    counts = exemplar.visual | exemplar.text
+    return bool((exemplar.level[counts] < 1).all())
 
 
 def listed(tokens: Sequence[tuple[str, int]]) -> str:
@@ -242,8 +262,10 @@ def _sentence(text: str) -> str:
     plain = " ".join(text.split())
     start = "the main thing this neuron does is find"
     if plain.lower().startswith(start):
-        plain = plain[len(start) :].strip()
-    plain = plain.rstrip(".").strip() or " ".join(text.split())
+        plain = plain[len(start) :]
+    plain = plain.strip(" .:")
+    if not any(letter.isalnum() for letter in plain):
+        return ""
     opens = plain.split(" ", 1)[0]
     # "A dog" goes on in the middle of a sentence; "BMW signs" and "I" stay as they are.
     return plain[0].lower() + plain[1:] if opens == "A" or opens[1:].islower() else plain
@@ -256,9 +278,11 @@ def _cleaned(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _needs(kind: Kind) -> Callable[[Any], None]:
-    """A visual or multi-modal neuron's answer must say what to look for."""
+    """An answer must say something, and for images also what to look for."""
 
     def check(said: Said) -> None:
+        if not _sentence(said.sentence):
+            raise ValueError("sentence: it says nothing")
         if kind != "text" and not _cleaned(said.phrases):
             raise ValueError("phrases: at least one noun phrase to look for is needed")
 

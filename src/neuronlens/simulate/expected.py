@@ -53,7 +53,8 @@ class ExpectedValueSimulator:
             kept; for models whose cache cannot be repeated, False.
 
     Raises:
-        ChatError: If the tokenizer has neither eleven digits nor eleven letters as tokens.
+        ChatError: If the tokenizer has neither eleven digits nor eleven letters as tokens, or the
+            model is in training mode.
     """
 
     def __init__(
@@ -65,6 +66,15 @@ class ExpectedValueSimulator:
         worked: int = 8,
         reuse: bool = True,
     ) -> None:
+        if model.training:
+            raise ChatError(
+                "The model is in training mode, so its predictions are partly random: model.eval()."
+            )
+        if batch_size < 1 or not 0 <= worked <= 8:
+            raise ValueError(
+                f"batch_size={batch_size} and worked={worked} were given; they are at least 1, and "
+                "from 0 to 8."
+            )
         self.model = model
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.batch_size = batch_size
@@ -88,8 +98,10 @@ class ExpectedValueSimulator:
         answers: dict[int, Simulation | Failure] = {}
         rows: list[tuple[int, _Row]] = []
         for number, job in enumerate(jobs):
-            if job.tokens.pieces is None or not job.text.any():
-                answers[number] = Failure("the sample has no text token that counts")
+            if not job.text.any():
+                answers[number] = Simulation(np.full(len(job.tokens), np.nan))
+            elif job.tokens.pieces is None:
+                answers[number] = Failure("the token map holds no text")
             else:
                 rows.append((number, self._row(job)))
         opening = self._opening()
