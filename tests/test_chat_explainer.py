@@ -287,3 +287,9 @@ def test_a_server_is_sent_these_very_pictures_and_its_answer_is_taken(tmp_path, 
     picture = Image.open(io.BytesIO(base64.b64decode(urls[0].split(",", 1)[1])))
     painted = both().pictures()[0]
     assert alike(picture, painted.modulated if images == "modulated" else painted.image)
+
+
+@pytest.mark.parametrize("make", [nl.ChatExplainer, nl.ChatSimulator, nl.MaskSimulator])
+def test_what_can_neither_be_asked_nor_segment_is_refused_at_once(make):
+    with pytest.raises(TypeError, match="is needed, such as"):
+        make("gpt-4o")

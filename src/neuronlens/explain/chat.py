@@ -121,6 +121,10 @@ class ChatExplainer:
         temperature: float = 1.0,
         image_side: int = 512,
     ) -> None:
+        if not hasattr(chat, "ask"):
+            raise TypeError(
+                f"A chat model is needed, such as nl.chat.OpenAIChat(...), not {chat!r:.80}."
+            )
         if images not in ("modulated", "raw"):
             raise ValueError(f"No images {images!r}. They are 'modulated' or 'raw'.")
         if not 0 <= worked <= 8 or contrast < 0 or temperature < 0 or image_side < 1:
@@ -136,6 +140,9 @@ class ChatExplainer:
         self.worked = worked
         self.temperature = temperature
         self.image_side = image_side
+
+    def __repr__(self) -> str:
+        return f"ChatExplainer({self.chat!r}, images={self.images!r})"
 
     @property
     def settings(self) -> dict[str, object]:

@@ -76,10 +76,17 @@ class ChatSimulator:
     """
 
     def __init__(self, chat: Asks, *, worked: int = 8) -> None:
+        if not hasattr(chat, "ask"):
+            raise TypeError(
+                f"A chat model is needed, such as nl.chat.OpenAIChat(...), not {chat!r:.80}."
+            )
         if not 0 <= worked <= 8:
             raise ValueError(f"worked={worked} was given; there are 0 to 8 worked neurons.")
         self.chat = chat
         self.worked = worked
+
+    def __repr__(self) -> str:
+        return f"ChatSimulator({self.chat!r})"
 
     @property
     def settings(self) -> dict[str, object]:

@@ -66,6 +66,10 @@ class ExpectedValueSimulator:
         worked: int = 8,
         reuse: bool = True,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"A model and its tokenizer or processor are needed, not a {type(model).__name__}."
+            )
         if model.training:
             raise ChatError(
                 "The model is in training mode, so its predictions are partly random: model.eval()."
@@ -85,6 +89,9 @@ class ExpectedValueSimulator:
         self._newline = self._ids("\tA\n")[len(self._ids("\tA")) :]
         takes = inspect.signature(model.forward).parameters
         self._takes_places = "logits_to_keep" in takes
+
+    def __repr__(self) -> str:
+        return f"ExpectedValueSimulator({type(self.model).__name__})"
 
     @property
     def settings(self) -> dict[str, object]:

@@ -39,6 +39,14 @@ class MaskSimulator:
     segmenter: Segmenter
     soft: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot segment, at once."""
+        if not hasattr(self.segmenter, "segment"):
+            raise TypeError(
+                "A segmenter is needed, such as nl.AnnotationSegmenter(), not "
+                f"{self.segmenter!r:.80}."
+            )
+
     @property
     def settings(self) -> dict[str, object]:
         """What its predictions depend on, for a study's manifest."""
