@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
 import json
 import logging
@@ -12,7 +13,8 @@ import socket
 import threading
 import time
 import traceback
-from contextlib import ExitStack
+import weakref
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -276,6 +278,27 @@ def test_a_server_that_took_the_schema_once_is_not_doubted_later(serve):
     assert len(sent(server)) == 2
 
 
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [
+        ("This model's maximum context length is 8192 tokens.", False),
+        ("The image is too large.", False),
+        ("json_schema exceeds what is allowed.", True),
+        ("Bad request.", True),
+    ],
+)
+def test_a_refused_request_is_sent_without_its_schema_unless_the_server_blames_something_else(
+    serve, caplog, said, again
+):
+    body = {"error": {"message": said, "type": "invalid"}}
+    server = serve({"status": 400, "body": body, "times": "always"})
+    with caplog.at_level(logging.INFO, logger="neuronlens.chat"):
+        (failed,) = chat_for(server).ask([question("What?")])
+    assert said in failed.reason
+    assert len(sent(server)) == 1 + again
+    assert (said in caplog.text) == again
+
+
 def test_the_schema_is_never_or_always_sent_if_that_is_asked_for(serve):
     server = serve(refusal_of_the_form("always"))
     (answer,) = chat_for(server, structured="never").ask([question("What?")])
@@ -494,7 +517,9 @@ def test_a_refused_key_ends_the_run_and_is_quoted_nowhere(serve, status):
     said = {"error": {"message": f"Bad key {KEY}", "type": "no"}}
     server = serve({"status": status, "body": said, "times": "always"})
     with pytest.raises(ChatError, match=f"OPENAI_API_KEY.*{status}") as caught:
-        chat_for(server, concurrency=3).ask(question(n) for n in range(50))
+        chat_for(server, concurrency=3, key_env="OPENAI_API_KEY").ask(
+            question(n) for n in range(50)
+        )
     assert KEY not in str(caught.value)
     assert "Bad key" not in str(caught.value)
     assert len(sent(server)) <= 3
@@ -518,13 +543,52 @@ def test_a_server_without_keys_needs_none_and_another_variable_may_hold_one(serv
     assert isinstance(chat_for(server).ask([question(1)])[0], Reply)
     monkeypatch.setenv("OTHER_KEY", f"{KEY}\n")
     assert isinstance(chat_for(server, key_env="OTHER_KEY").ask([question(2)])[0], Reply)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-é")  # is not even looked at
+    assert isinstance(chat_for(server).ask([question(3)])[0], Reply)
+
+
+@pytest.fixture
+def keys_seen():
+    """The address of a server that answers nothing, and the keys that it was sent."""
+    seen = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def listen():
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        seen.append(connection.recv(65536))
+                        connection.sendall(b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n")
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1", seen
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_key_of_openai_goes_to_no_other_server_unless_it_is_named(keys_seen, monkeypatch):
+    url, seen = keys_seen
+
+    def sends_the_key(**more) -> bool:
+        seen.clear()
+        with pytest.raises(ChatError) as caught:
+            OpenAIChat("tiny", **more).ask([question("What?")])
+        assert ("without a key" in str(caught.value)) == (KEY.encode() not in seen[0])
+        assert b"uthorization" in seen[0]
+        return KEY.encode() in seen[0]
+
+    assert not sends_the_key(base_url=url)
+    assert sends_the_key(base_url=url, key_env="OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    assert sends_the_key()
+    assert not sends_the_key(base_url=url)
 
 
 @pytest.mark.parametrize("odd", ["sk-é", "sk-one\nsk-two"])
 def test_a_key_that_no_header_can_hold_is_said_and_not_shown(serve, monkeypatch, odd):
     monkeypatch.setenv("OPENAI_API_KEY", odd)
     with pytest.raises(ChatError, match="OPENAI_API_KEY") as caught:
-        chat_for(serve()).ask([question("What?")])
+        chat_for(serve(), key_env="OPENAI_API_KEY").ask([question("What?")])
     assert "sk-" not in str(caught.value)
 
 
@@ -536,12 +600,26 @@ def test_a_refused_request_fails_alone(serve):
 
 
 def test_impossible_settings_are_refused_when_they_are_made():
-    with pytest.raises(ValueError, match="attempts=0"):
-        OpenAIChat("tiny", attempts=0)
-    with pytest.raises(ValueError, match="concurrency=0"):
-        OpenAIChat("tiny", concurrency=0)
+    for name, value in (
+        *(("attempts", 0), ("concurrency", 0), ("retries", -1), ("image_tokens", -1)),
+        *(("timeout", -1), ("timeout", 0), ("timeout", math.nan), ("slowest_retry", -0.1)),
+        *(("structured", "sometimes"), ("detail", "close")),
+    ):
+        with pytest.raises(ValueError, match=f"{name}={value!r} was given"):
+            OpenAIChat("tiny", **{name: value})
+    for name in ("price", "requests", "tokens"):
+        with pytest.raises(ValueError, match=f"{name}=-1 was given"):
+            Budget(**{name: -1})
+    with pytest.raises(ValueError, match="completion=-2"):
+        Prices(prompt=1, completion=-2)
     with pytest.raises(ValueError, match="needs prices"):
         OpenAIChat("tiny", budget=Budget(price=1.0))
+
+
+@pytest.mark.parametrize("name", ["model", "messages", "n", "stream"])
+def test_options_that_a_request_says_itself_are_refused(name):
+    with pytest.raises(ValueError, match=f"options has {name}"):
+        OpenAIChat("tiny", options={name: 2})
 
 
 # The key.
@@ -560,7 +638,7 @@ def test_the_key_is_in_no_error_record_log_or_file(serve, tmp_path, caplog, stat
         {"content": "no JSON"},
     )
     path = tmp_path / "replies.sqlite"
-    chat = chat_for(server, replies=path, retries=1, concurrency=1)
+    chat = chat_for(server, replies=path, retries=1, concurrency=1, key_env="OPENAI_API_KEY")
     with caplog.at_level(logging.DEBUG):
         for name in list(logging.root.manager.loggerDict):
             caplog.set_level(logging.DEBUG, logger=name)
@@ -611,6 +689,27 @@ def test_twins_of_a_request_that_fails_fail_with_it(serve):
     answers = chat_for(server).ask([question("Bad"), question("Bad"), question("Good")])
     assert [type(answer) for answer in answers] == [Failure, Failure, Reply]
     assert len(sent(server)) == 2
+
+
+def test_later_twins_of_a_request_that_failed_are_not_asked_again_in_the_same_call(serve):
+    server = serve({"match": "Bad", "steps": [{"status": 413, "times": "always"}]})
+    chat = chat_for(server, concurrency=1, structured="never")
+    answers = chat.ask([question("Bad"), question("Good"), question("Bad")])
+    assert [type(answer) for answer in answers] == [Failure, Reply, Failure]
+    assert len(sent(server, "Bad")) == 1
+    chat.ask([question("Bad")])
+    assert len(sent(server, "Bad")) == 2
+
+
+def test_pictures_looked_at_with_another_detail_are_another_question(serve):
+    server, replies = serve(), ReplyStore()
+    shown = Request((Message("user", (red(),)),))
+    chats = [chat_for(server, replies=replies, detail=detail) for detail in ("auto", "low", "high")]
+    keys = [chat.ask([shown])[0].key for chat in chats]
+    assert keys[0] == shown.key("tiny")
+    assert len(set(keys)) == 3
+    assert {body["model"] for body in sent(server)} == {"tiny"}
+    assert [chat.estimate([shown]).stored for chat in chats] == [1, 1, 1]
 
 
 def test_a_stored_answer_that_breaks_a_rule_of_today_is_asked_again(serve):
@@ -675,6 +774,93 @@ def test_replies_of_the_wrong_form_count_against_the_budget(serve):
     with pytest.raises(BudgetError):
         chat_for(server, budget=Budget(requests=2), attempts=5).ask([question("What?")])
     assert len(sent(server)) == 2
+
+
+def test_models_that_share_a_store_have_their_own_budget(serve, tmp_path):
+    server, path = serve(), tmp_path / "replies.sqlite"
+    one, other = (
+        OpenAIChat(
+            name, base_url=server.base_url, replies=path, budget=Budget(requests=2), concurrency=1
+        )
+        for name in ("one", "other")
+    )
+    one.ask([question(1), question(2)])
+    other.keep_in(ReplyStore(path))
+    assert other.purse.requests == 0
+    other.ask([question(1), question(2)])
+    again = OpenAIChat("one", base_url=server.base_url, replies=path, budget=Budget(requests=2))
+    assert again.purse.requests == 2
+    for chat in (again, other):
+        with pytest.raises(BudgetError):
+            chat.ask([question(3)])
+
+
+def test_moving_to_another_store_does_not_make_prompts_seem_longer(serve, tmp_path):
+    usage = {"prompt_tokens": 15, "completion_tokens": 5}
+    server = serve({"usage": usage, "times": "always"})
+    chat = chat_for(server, budget=Budget(tokens=100_000))
+    chat.ask(question(n, None, max_tokens=20) for n in range(40))
+    other = ReplyStore(tmp_path / "other.sqlite")
+    chat_for(server, replies=other).ask([question("a", None)])
+    chat.keep_in(other)
+    assert 1 <= chat.purse.excess < 3
+    assert len(chat.ask(question(n, None, max_tokens=20) for n in range(40, 60))) == 20
+
+
+@pytest.mark.parametrize(
+    ("said", "counted"),
+    [((0, 0), None), ((10**9, 5), (None, 5)), ((10, 10**9), (10, None)), ((12, 5), (12, 5))],
+    ids=str,
+)
+def test_token_counts_that_cannot_be_are_not_believed(serve, said, counted):
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), said, strict=True))
+    server = serve({"usage": usage, "content": "So it is, they say.", "times": "always"})
+    chat = chat_for(server)
+    asked = question("one", None, max_tokens=30)
+    chat.ask([asked])
+    about = chat._prompt_tokens(chat._words(asked.messages), len(asked.messages))
+    prompt, completion = counted or (None, None)
+    assert chat.purse.prompt_tokens == (prompt or about)
+    assert chat.purse.completion_tokens == (completion or 5)
+    assert chat.purse.excess < 2
+
+
+def test_an_empty_reply_may_have_no_tokens(serve):
+    usage = {"prompt_tokens": 20, "completion_tokens": 0}
+    server = serve({"usage": usage, "content": "", "times": "always"})
+    chat = chat_for(server, attempts=1)
+    chat.ask([question("What?", None)])
+    assert (chat.purse.prompt_tokens, chat.purse.completion_tokens) == (20, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 1000},
+        {"max_completion_tokens": 1000},
+        {"max_tokens": None, "max_completion_tokens": 1000},
+    ],
+    ids=str,
+)
+def test_the_budget_goes_by_the_longest_answer_that_options_allow(serve, options):
+    usage = {"prompt_tokens": 3, "completion_tokens": 1000}
+    server = serve({"usage": usage, "times": "always"}, latency=0.1)
+    chat = chat_for(server, budget=Budget(tokens=2500), concurrency=8, options=options)
+    with pytest.raises(BudgetError, match="tokens"):
+        chat.ask(question(n, None, max_tokens=10) for n in range(8))
+    assert len(sent(server)) == chat.purse.requests == 2
+    if "max_tokens" in options:
+        assert all(body.get("max_tokens") == options["max_tokens"] for body in sent(server))
+
+
+def test_answers_of_any_length_are_refused_beside_a_budget_of_tokens():
+    endless = {"max_tokens": None}
+    OpenAIChat("tiny", options=endless, budget=Budget(requests=5))
+    for budget in (Budget(tokens=5), Budget(price=5.0)):
+        with pytest.raises(ValueError, match="any length"):
+            OpenAIChat("tiny", options=endless, budget=budget, prices=Prices(1, 1))
+    with pytest.raises(ValueError, match="'5' tokens"):
+        OpenAIChat("tiny", options={"max_tokens": "5"})
 
 
 COSTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 50)), min_size=1, max_size=24)
@@ -776,7 +962,7 @@ def test_a_fatal_answer_does_not_wait_for_the_pauses_of_others(serve):
     )
     chat = chat_for(server, slowest_retry=60, concurrency=4)
     began = time.monotonic()
-    with pytest.raises(ChatError, match="refused the key"):
+    with pytest.raises(ChatError, match="refused a request without a key"):
         chat.ask([question("slow 1"), question("slow 2"), question("fatal"), question("x")])
     assert time.monotonic() - began < 4
     assert len(chat.replies) == 1
@@ -794,7 +980,7 @@ def test_a_fatal_answer_ends_the_run_at_once_and_keeps_what_is_in_flight(serve):
         for n in range(100):
             yield question(n)
 
-    with pytest.raises(ChatError, match="refused the key"):
+    with pytest.raises(ChatError, match="refused a request without a key"):
         chat.ask(asked())
     assert len(sent(server)) == 4
     assert len(chat.replies) == 3
@@ -839,6 +1025,36 @@ def test_several_threads_may_ask_one_chat_at_once(serve):
     assert not server.repeated()
 
 
+def test_objects_that_the_caller_froze_stay_frozen_and_others_are_collected_again(serve):
+    chat = chat_for(serve(latency=0.05), concurrency=1)
+    assert gc.get_freeze_count() == 0
+
+    def asked():
+        yield question(1)
+        assert gc.get_freeze_count() > 0
+        chat.ask([question(2)])
+        assert gc.get_freeze_count() > 0  # the outer call goes on
+        yield question(3)
+
+    chat.ask(asked())
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        chat.ask([question(4)])
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_messages_that_were_sent_are_not_kept_in_memory(serve):
+    message = Message("user", ("What is this?", red()))
+    gone = weakref.ref(message)
+    chat_for(serve()).ask([Request((message,))])
+    del message
+    gc.collect()
+    assert gone() is None
+
+
 def test_text_that_no_file_can_hold_is_sent_with_marks_instead(serve):
     server = serve({"echo": True})
     (answer,) = chat_for(server).ask([question("half \ud800 a pair", None)])
@@ -868,6 +1084,8 @@ def test_a_chat_that_moves_to_another_store_finds_its_answers_and_counts_its_spe
     chat.keep_in(tmp_path / "one.sqlite")
     assert chat.purse.requests == 4
     # What was found elsewhere now lies where answers are kept.
+    chat.keep_in(tmp_path / "deep" / ".." / "two.sqlite")
+    assert chat.purse.requests == 4
     assert len(ReplyStore(tmp_path / "two.sqlite")) == 4
 
 

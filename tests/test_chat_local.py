@@ -19,6 +19,7 @@ from neuronlens.chat import (
     OpenAIChat,
     Picture,
     Reply,
+    ReplyStore,
     Request,
     TransformersChat,
     instruction,
@@ -208,6 +209,16 @@ def test_what_cannot_chat_is_refused_when_it_is_given(model, processor):
         TransformersChat(model, processor, name="tiny")
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
     TransformersChat(model, processor, name="tiny")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        TransformersChat(model, processor, batch_size=0)
+
+
+def test_a_model_in_training_mode_is_refused(text_model, tokenizer):
+    text_model.model.layers[0].train()
+    with pytest.raises(ChatError, match=r"training mode.*model\.eval"):
+        TransformersChat(text_model, tokenizer)
+    text_model.eval()
+    assert TransformersChat(text_model, tokenizer).ask([ask()])
 
 
 def test_a_template_that_refuses_the_conversation_is_an_error_that_says_so(model, processor):
@@ -221,6 +232,31 @@ def test_a_template_that_refuses_the_conversation_is_an_error_that_says_so(model
 def test_the_name_is_where_the_model_came_from(model, processor, folder, text_model, tokenizer):
     assert TransformersChat(model, processor).name == str(folder)
     assert TransformersChat(text_model, tokenizer).name == "LlamaForCausalLM"
+
+
+def test_answers_of_one_checkpoint_are_not_those_of_another_of_the_same_class(
+    text_model, tokenizer
+):
+    replies = ReplyStore()
+    first = TransformersChat(text_model, tokenizer, replies=replies)
+    first.ask([ask()])
+    assert TransformersChat(text_model, tokenizer, replies=replies).ask([ask()])[0].stored
+    with torch.no_grad():
+        text_model.lm_head.weight.mul_(-1)
+    other = TransformersChat(text_model, tokenizer, replies=replies)
+    assert other.name == first.name
+    assert not other.ask([ask()])[0].stored
+    named = TransformersChat(text_model, tokenizer, name="t", replies=replies)
+    assert named.ask([ask()])[0].key == ask().key("t")
+
+
+def test_later_twins_of_a_request_that_failed_are_not_asked_again_in_the_same_call(
+    text_model, tokenizer
+):
+    chat = TransformersChat(text_model, tokenizer, name="t", attempts=1, batch_size=1)
+    answers = chat.ask([ask("bad", answer=Guess), ask("good"), ask("bad", answer=Guess)])
+    assert [type(answer) for answer in answers] == [Failure, Reply, Failure]
+    assert chat.purse.requests == 2
 
 
 def test_stored_answers_and_twins_are_not_generated_again(chat, tmp_path):

@@ -8,7 +8,9 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -104,6 +106,7 @@ def test_requests_that_differ_in_anything_that_changes_the_answer_have_different
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.xdist_group("kill_chat")
 def test_keys_are_the_same_in_another_process(runs):
     assert runs["keys"] == kill_chat.keys(12)
 
@@ -200,6 +203,86 @@ def test_copies_take_what_was_asked_with_them_and_leave_what_is_there(store, tmp
     store.copy_to(store, keys)
     assert len(store) == 2
     other.close()
+
+
+def test_what_each_model_was_sent_is_counted_apart(store):
+    for model, tokens in (("one", 3), ("one", 4), ("other", 50)):
+        keep(store, request(str(tokens)), model=model, prompt_tokens=tokens)
+    bad = StoredReply(text="?", prompt_tokens=100)
+    store.reject("0" * 64, request("bad"), "other", bad, 3, "no JSON")
+    one, other = store.usage("one"), store.usage("other")
+    assert (one.requests, one.invalid, one.prompt_tokens, one.words) == (2, 0, 7, 20)
+    assert (other.requests, other.invalid, other.prompt_tokens, other.words) == (2, 1, 150, 13)
+    assert one + other == store.usage()
+    assert store.usage("nobody").requests == 0
+
+
+# Only looking.
+
+
+def test_a_store_that_is_only_read_has_the_answers_of_one_that_is_written(path, store):
+    first = keep(store, request("first", picture()))
+    looking = ReplyStore(path, read_only=True)
+    second = keep(store, request("second"))
+    assert first in looking
+    assert second in looking
+    assert looking.exchange(first) == store.exchange(first)
+    before = looking.usage()
+    with pytest.raises(DataError, match="readonly"):
+        keep(looking, request("third"))
+    looking.close()
+    assert store.usage() == before
+
+
+@contextmanager
+def as_somebody_else():
+    """For the length of the block, permissions hold for the superuser too."""
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if superuser:
+            os.seteuid(0)
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_to_can_be_read():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "50% of the replies?.sqlite"
+        store = ReplyStore(path)
+        key = keep(store, request())
+        store.close()
+        path.chmod(0o444)
+        folder.chmod(0o555)
+        try:
+            with as_somebody_else():
+                with pytest.raises(DataError):
+                    ReplyStore(path)
+                looking = ReplyStore(path, read_only=True)
+                assert looking.get(key).text == "a dog"
+                assert looking.keys() == [key]
+                looking.close()
+            assert [each.name for each in folder.iterdir()] == [path.name]
+        finally:
+            folder.chmod(0o755)
+
+
+def test_only_looking_makes_no_file_and_takes_no_other(tmp_path):
+    with pytest.raises(DataError, match=r"none\.sqlite cannot serve"):
+        ReplyStore(tmp_path / "deep" / "none.sqlite", read_only=True)
+    (tmp_path / "empty.sqlite").touch()
+    with pytest.raises(DataError, match="it is empty"):
+        ReplyStore(tmp_path / "empty.sqlite", read_only=True)
+    with sqlite3.connect(tmp_path / "foreign.sqlite") as database:
+        database.execute("CREATE TABLE replies (name TEXT)")
+    database.close()
+    with pytest.raises(DataError, match="another kind"):
+        ReplyStore(tmp_path / "foreign.sqlite", read_only=True)
+    with pytest.raises(ValueError, match="needs a path"):
+        ReplyStore(read_only=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.sqlite", "foreign.sqlite"]
 
 
 def test_a_store_without_a_path_keeps_nothing_on_the_disk(tmp_path, monkeypatch):
@@ -332,6 +415,7 @@ def runs(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.xdist_group("kill_chat")
 def test_runs_that_are_killed_and_go_on_give_the_answers_of_one_that_was_not(runs):
     whole, killed = runs["whole"], runs["killed"]
     assert None not in whole["answers"]
@@ -342,6 +426,7 @@ def test_runs_that_are_killed_and_go_on_give_the_answers_of_one_that_was_not(run
     assert set(killed["codes"]) <= {-9, 0}
 
 
+@pytest.mark.xdist_group("kill_chat")
 def test_a_kill_costs_no_more_than_what_was_in_flight(runs):
     killed = runs["killed"]
     assert killed["sent though stored"] == 0
@@ -350,6 +435,7 @@ def test_a_kill_costs_no_more_than_what_was_in_flight(runs):
     assert killed["stored at the stops"][-1] > killed["stored at the stops"][0]
 
 
+@pytest.mark.xdist_group("kill_chat")
 def test_an_interrupt_from_the_keyboard_ends_a_run_soon_and_loses_no_stored_answer(runs):
     stopped = runs["interrupted"]
     assert stopped["codes"] == [2]
@@ -360,6 +446,7 @@ def test_an_interrupt_from_the_keyboard_ends_a_run_soon_and_loses_no_stored_answ
     assert stopped["answers"] == runs["whole"]["answers"]
 
 
+@pytest.mark.xdist_group("kill_chat")
 def test_processes_that_share_a_file_all_have_every_answer(runs):
     shared = runs["together"]
     assert shared["codes"] == [0, 0, 0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import neuronlens as nl
 from neuronlens import testbed
-from neuronlens.chat import Budget, OpenAIChat, Picture, Prices
+from neuronlens.chat import Budget, Message, OpenAIChat, Picture, Prices, Request
 from neuronlens.errors import (
     BudgetError,
     ChatError,
@@ -37,9 +40,12 @@ from neuronlens.simulate import (
     WordSimulator,
 )
 from neuronlens.study import Study
+from neuronlens.study.each import together
 from neuronlens.tokens import Role
-from programs.kill_study import Fault, Forks, Job, content, forking
+from programs.kill_study import LINES, Fault, Forks, Job, content, forking
 from servers import ChatServer, chat_server, tiny_chat_vlm
+
+pytestmark = pytest.mark.xdist_group("study_runs")  # its processes are started once
 
 SECRET = "sk-this-must-be-nowhere-7f3a"
 
@@ -256,7 +262,7 @@ def test_activations_without_a_record_are_written_again_and_the_last_ones_count(
     forks.run_until_killed(replace(mine, fault=Fault("records.jsonl", 6, "before")))
     _only_a_part_is_there(job, Study.open(whole), tmp_path / "study")
     lines = tmp_path / "study" / "activations.jsonl"
-    lost = json.loads(lines.read_text().splitlines()[5])["neuron"]
+    lost = json.loads(lines.read_bytes().splitlines()[5])["neuron"]
     forks.run(mine)
     names = Counter(json.loads(line)["neuron"] for line in lines.read_text().splitlines())
     assert names == {**dict.fromkeys(job.neurons, 1), lost: 2}
@@ -269,8 +275,8 @@ def _only_a_part_is_there(job: Job, full: Study, out: Path) -> None:
     with pytest.raises(DataError, match=r"7 of its 12 neurons are not finished.*partial=True"):
         Study.open(out)
     for name in ("records.jsonl", "samples.jsonl", "activations.jsonl"):
-        with (out / name).open("a") as file:
-            file.write('{"neuron":"langu')
+        with (out / name).open("ab") as file:
+            file.write('{"neuron":"langué'.encode()[:-1])  # cut within a character
     part = Study.open(out, partial=True)
     assert list(part) == [nl.NeuronId.parse(name) for name in job.neurons[:5]]
     for neuron, record in part.items():
@@ -292,6 +298,87 @@ def test_a_run_killed_before_its_manifest_was_there_is_begun_again(
         vlm, atlas, text[:2], kinds=kinds, explainer=Says(), out=tmp_path, **stubs()
     )
     assert Study.open(tmp_path).records == study.records
+
+
+@pytest.mark.parametrize(
+    ("typo", "said"),
+    [
+        ({"sampling": "tpo"}, "No sampling 'tpo'"),
+        ({"explain": (1, 3)}, "in both explain and held_out"),
+        ({"validate": (1,), "best_of": 2}, "in both explain and validate"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"best_of": 0}, "best_of=0"),
+        ({"null_draws": -1}, "null_draws=-1"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_arguments_that_cannot_be_leave_no_folder(vlm, atlas, kinds, text, tmp_path, typo, said):
+    out = tmp_path / "study"
+    with pytest.raises(ValueError, match=said):
+        nl.explain_neurons(
+            vlm, atlas, text[:2], kinds=kinds, explainer=NeverAsked(), out=out, **stubs(), **typo
+        )
+    assert not out.exists()
+
+
+def test_a_run_that_ended_before_anything_was_said_leaves_the_folder_to_other_settings(
+    vlm, atlas, kinds, text, tmp_path
+):
+    out, more = tmp_path / "study", {"kinds": kinds, "out": tmp_path / "study"}
+    failing = Says(text, ChatError("no"))
+    with pytest.raises(ChatError, match="no"):
+        nl.explain_neurons(vlm, atlas, text[:2], explainer=failing, **stubs(), **more)
+    with (out / "explanations.jsonl").open("a") as file:
+        file.write('{"neuron":"langu')
+    study = nl.explain_neurons(
+        vlm, atlas, text[:3], explainer=Says(), text_simulator=WordSimulator(), seed=1, **more
+    )
+    opened = Study.open(out)
+    assert opened.manifest == study.manifest
+    assert (opened.manifest.seed, opened.manifest.simulators["text"]) == (1, "WordSimulator")
+    assert list(opened) == text[:3]
+
+
+def test_the_manifest_of_something_else_is_never_written_over(vlm, atlas, kinds, text, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="is no whole study"):
+        nl.explain_neurons(
+            vlm, atlas, text[:2], kinds=kinds, explainer=Says(), out=tmp_path, **stubs()
+        )
+    assert (tmp_path / "manifest.json").read_text() == '{"format": 1}'
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_disk_that_is_full_is_said_and_what_was_written_is_gone_on_from(
+    vlm, atlas, kinds, text, finished, tmp_path, name
+):
+    out = tmp_path / "study"
+
+    class Filling(Says):
+        def explain(self, jobs):
+            (out / name).unlink()
+            (out / name).symlink_to("/dev/full")
+            return super().explain(jobs)
+
+    filling, more = _named(Says, Filling), {"kinds": kinds, "out": out, **stubs()}
+    with pytest.raises(OutputError, match=r"study cannot be written: No space left"):
+        nl.explain_neurons(vlm, atlas, text[:4], explainer=filling, **more)
+    (out / name).unlink()
+    nl.explain_neurons(vlm, atlas, text[:4], explainer=Says(), **more)
+    assert content(out) == content(finished)
+
+
+def test_a_study_that_the_disk_has_no_room_for_is_not_saved(finished, tmp_path):
+    study = Study.open(finished)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"copy cannot be written: File too large"):
+            study.save(tmp_path / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Finished, refused, tried again.
@@ -657,6 +744,54 @@ def test_a_budget_ends_a_run_and_a_larger_one_goes_on_without_asking_twice(
     assert watched.again() == 0
 
 
+@pytest.mark.parametrize("raising", ["visual", "text"])
+def test_what_begins_to_ask_after_another_call_has_raised_is_stopped_too(raising):
+    asking, stopped, seen = threading.Event(), threading.Event(), []
+
+    def fails():
+        raise OutputError("full")
+
+    def asks():
+        time.sleep(0.05)
+        asking.set()
+        seen.append(stopped.wait(5))
+
+    def stop():  # as a chat model: what does not ask yet is not stopped
+        if asking.is_set():
+            stopped.set()
+
+    calls = {name: fails if name == raising else asks for name in ("visual", "text")}
+    with pytest.raises(OutputError, match="full"):
+        together(calls, stop)
+    assert seen == [True]
+
+
+def test_no_text_is_asked_about_once_the_visual_simulator_has_raised(
+    vlm, atlas, kinds, server, tmp_path
+):
+    class Broken:
+        def simulate(self, jobs):
+            raise OutputError("full")
+
+    class Late(ChatSimulator):
+        def simulate(self, jobs):
+            time.sleep(0.05)
+            return super().simulate(jobs)
+
+    neurons, watched = kinds.select("multimodal", n=12), Watched(server)
+    with pytest.raises(OutputError, match="full"):
+        nl.explain_neurons(
+            vlm,
+            atlas,
+            neurons,
+            kinds=kinds,
+            explainer=Says(),
+            visual_simulator=Broken(),
+            text_simulator=Late(chat_of(server, "late")),
+        )
+    assert watched.requests().total() < len(neurons) * 5
+
+
 @pytest.mark.parametrize("neurons", ["visual", "unknown"])
 def test_a_missing_segmenter_is_known_before_anything_is_asked(
     vlm, atlas, kinds, text, server, monkeypatch, tmp_path, neurons
@@ -668,9 +803,51 @@ def test_a_missing_segmenter_is_known_before_anything_is_asked(
     with pytest.raises(MissingExtraError, match=r"torchvision.*\[segment\]"):
         nl.explain_neurons(vlm, atlas, chosen, kinds=kinds, explainer=explainer)
     assert watched.requests().total() == 0
+    # The folder is not lost: another segmenter will do.
+    out, more = tmp_path / "study", {"explainer": explainer, "kinds": kinds, "null_draws": 0}
+    with pytest.raises(MissingExtraError):
+        nl.explain_neurons(vlm, atlas, chosen, out=out, **more)
+    study = nl.explain_neurons(vlm, atlas, chosen, out=out, visual_simulator=Fires(), **more)
+    assert Study.open(out).records == study.records
     # Text needs no segmenter.
     study = nl.explain_neurons(vlm, atlas, text[:2], kinds=kinds, explainer=explainer, null_draws=0)
     assert study.failures() == {}
+
+
+class Everything:
+    """A segmenter that finds every phrase on all of the image."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def segment(self, sample, image, phrases):
+        with Image.open(sample.images[image]) as picture:
+            return np.ones((len(phrases), picture.height, picture.width), bool)
+
+
+def test_a_manifest_says_which_segmenter_was_loaded_by_default(
+    vlm, atlas, kinds, mixed, text, server, monkeypatch, tmp_path
+):
+    def explained(neurons, name, loaded, **more):
+        monkeypatch.setattr(nl.segment.GroundedSegmenter, "load", lambda: Everything(loaded))
+        explainer = nl.ChatExplainer(chat_of(server))
+        return nl.explain_neurons(
+            vlm, atlas, neurons, kinds=kinds, explainer=explainer, out=tmp_path / name, **more
+        )
+
+    study = explained(mixed, "study", "dino tiny, sam tiny", null_draws=0)
+    assert study.manifest.loaded == {"visual": "dino tiny, sam tiny"}
+    assert Study.open(tmp_path / "study").manifest == study.manifest
+    # A finished one loads nothing, and still says so.
+    again = explained(mixed, "study", "unused", null_draws=0)
+    assert again.manifest == study.manifest
+    assert explained(text[:2], "text", "unused", null_draws=0).manifest.loaded == {}
+    # An unfinished one does not go on with another.
+    records = tmp_path / "study" / "records.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(OutputError, match="simulated with dino tiny, sam tiny, not dino large"):
+        explained(mixed, "study", "dino large", null_draws=0)
+    assert explained(mixed, "study", "dino tiny, sam tiny", null_draws=0).records == study.records
 
 
 # Several explanations, contrast, null.
@@ -826,6 +1003,22 @@ def test_a_null_is_drawn_with_the_seed_from_other_neurons(vlm, atlas, kinds, tex
             assert neuron not in drawn
 
 
+def test_draws_of_a_null_that_cannot_be_simulated_are_counted(vlm, atlas, kinds, text, plain):
+    bad = f"{text[2]} 0"
+    simulators = stubs(failing=bad, error=ValueError("no"))
+    study = nl.explain_neurons(vlm, atlas, text, kinds=kinds, explainer=Says(), **simulators)
+    failed = 0
+    for neuron in text:
+        record = study[neuron]
+        assert plain[neuron].null_failures == 0
+        assert set(record.null) <= set(plain[neuron].null)
+        assert len(record.null) + record.null_failures == 5
+        said = "1 of 5 draws failed" in study[neuron]._repr_html_()
+        assert said == (record.null_failures == 1 and record.score is not None)
+        failed += record.null_failures
+    assert 1 <= failed < len(text)
+
+
 # Which neurons, and what is shown meanwhile.
 
 
@@ -968,7 +1161,8 @@ def test_a_key_is_in_no_file_and_in_no_error(
     vlm, atlas, kinds, text, server, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    chat = chat_of(server)
+    named = {"key_env": "OPENAI_API_KEY"}
+    chat = chat_of(server, **named)
     nl.explain_neurons(
         vlm,
         atlas,
@@ -985,7 +1179,7 @@ def test_a_key_is_in_no_file_and_in_no_error(
             atlas,
             text[:2],
             kinds=kinds,
-            explainer=nl.ChatExplainer(chat_of(faulty, slowest_retry=0.01)),
+            explainer=nl.ChatExplainer(chat_of(faulty, slowest_retry=0.01, **named)),
             out=tmp_path / "refused",
         )
     assert "refused the key in OPENAI_API_KEY" in str(raised.value)
@@ -1045,3 +1239,171 @@ def test_one_chat_model_serves_two_studies_and_each_folder_has_its_own_replies(
         study = Study.open(tmp_path / name)
         assert all(len(study.exchanges(neuron)) == 1 + 5 for neuron in text[:3])
     assert max(watched.requests().values()) == 1  # the second study asks the same, and none again
+
+
+def test_a_chat_model_may_keep_its_answers_in_the_folder_of_the_study(
+    vlm, atlas, kinds, text, server, tmp_path
+):
+    out = tmp_path / "study"
+    chat = chat_of(server, replies=out / "replies.sqlite")
+    explainer = nl.ChatExplainer(chat)
+    study = nl.explain_neurons(
+        vlm, atlas, text[:2], kinds=kinds, explainer=explainer, null_draws=0, out=out
+    )
+    assert study.replies is chat.replies
+    opened = Study.open(out)
+    for neuron in text[:2]:
+        assert len(opened.exchanges(neuron)) == 6
+    (tmp_path / "other").mkdir()
+    for name in ("replies.sqlite", "mine"):
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(OutputError, match="would be overwritten"):
+        nl.explain_neurons(
+            vlm, atlas, text[:2], kinds=kinds, explainer=Says(), out=tmp_path / "other", **stubs()
+        )
+
+
+def test_questions_of_all_candidates_are_kept_of_a_chat_model_with_its_own_file(
+    vlm, atlas, kinds, text, server, tmp_path
+):
+    chat = chat_of(server, "draws", replies=tmp_path / "mine.sqlite")
+    study = nl.explain_neurons(
+        vlm,
+        atlas,
+        text[:2],
+        kinds=kinds,
+        explainer=nl.ChatExplainer(chat),
+        text_simulator=Fires(),
+        best_of=3,
+        null_draws=0,
+        out=tmp_path / "study",
+    )
+    study.save(tmp_path / "copy")
+    for name in ("study", "copy"):
+        opened = Study.open(tmp_path / name)
+        for record in opened.values():
+            asked = {each.explanation.asked for each in record.candidates}
+            assert len(asked) >= 2
+            for key in asked:
+                assert opened.replies.exchange(key) == chat.replies.exchange(key)
+
+
+def test_an_opened_study_writes_nothing(whole, server, text):
+    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    opened = Study.open(whole)
+    assert opened.exchanges(text[0])[0].messages
+    other = chat_of(server, "other")
+    other.ask([Request((Message("user", ("Anything?",)),))])
+    assert len(other.replies) == 1
+    with pytest.raises(DataError):
+        other.replies.copy_to(opened.replies, other.replies.keys())
+    after = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    assert {name: after[name] for name in before if "-" not in name} == {
+        name: time for name, time in before.items() if "-" not in name
+    }
+
+
+# What a study would cost.
+
+
+def test_an_estimate_counts_what_the_study_then_asks(vlm, atlas, kinds, text, server, tmp_path):
+    explainer = nl.ChatExplainer(chat_of(server, "estimated"))
+    more = {"kinds": kinds, "null_draws": 1, "best_of": 2, "sampling": "random"}
+    text_simulator = ChatSimulator(chat_of(server, "another", prices=Prices(1, 1)))
+    estimate = nl.estimate_study(
+        vlm, atlas, text, explainer=explainer, text_simulator=text_simulator, probe=12, **more
+    )
+    assert estimate.requests == 12 * 2 + 12 * 5 * (2 + 1 + 1)
+    assert estimate.price is not None  # the simulator's chat model has prices
+    one = nl.estimate_study(
+        vlm, atlas, text, explainer=explainer, text_simulator=Fires(), probe=12, **more
+    )
+    assert (one.requests, one.price) == (24, None)
+    watched = Watched(server)
+    nl.explain_neurons(vlm, atlas, text, explainer=explainer, text_simulator=Fires(), **more)
+    assert watched.requests().total() == 24
+    stored = nl.estimate_study(
+        vlm, atlas, text, explainer=explainer, text_simulator=Fires(), probe=12, **more
+    )
+    assert (stored.requests, stored.stored) == (0, 24)  # of the same, randomly drawn samples
+
+
+def test_an_estimate_looks_answers_and_finished_neurons_up_in_the_folder_of_the_study(
+    vlm, atlas, kinds, text, server, tmp_path
+):
+    out, more = tmp_path / "study", {"kinds": kinds, "null_draws": 0}
+
+    def estimate(neurons):
+        explainer = nl.ChatExplainer(chat_of(server))
+        return nl.estimate_study(
+            vlm, atlas, neurons, explainer=explainer, out=out, probe=12, **more
+        )
+
+    assert estimate(text[:4]).requests == 4 * 6
+    assert not out.exists()
+    nl.explain_neurons(
+        vlm, atlas, text[:4], explainer=nl.ChatExplainer(chat_of(server)), out=out, **more
+    )
+    done = estimate(text[:4])
+    assert (done.requests, done.stored) == (0, 0)
+    records = out / "records.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:1]))
+    left = estimate(text[:4])
+    assert (left.requests, left.stored) == (3 * 5, 3)
+
+
+def test_an_estimate_goes_on_where_the_study_would(vlm, atlas, kinds, text, server):
+    explainer = nl.ChatExplainer(chat_of(server))
+    more = {"kinds": kinds, "explainer": explainer}
+    # No neuron has so many top samples.
+    without = nl.estimate_study(vlm, atlas, text[:2], explain=(50,), null_draws=0, **more)
+    assert without.requests == 2 * 5
+    for wrong in ({"probe": 0}, {"best_of": 0}, {"null_draws": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            nl.estimate_study(vlm, atlas, text[:2], **more, **wrong)
+    stranger = type("Stranger", (), {"ask": lambda self, requests: []})()
+    for given in (
+        {"kinds": kinds, "explainer": nl.ChatExplainer(stranger)},
+        {**more, "text_simulator": ChatSimulator(stranger)},
+    ):
+        with pytest.raises(ChatError, match="Stranger gives no estimates"):
+            nl.estimate_study(vlm, atlas, text[:2], **given)
+
+
+def test_neurons_may_be_written_as_text(vlm, atlas, kinds, text, plain):
+    names = [str(neuron) for neuron in text[:3]]
+    study = nl.explain_neurons(vlm, atlas, names, kinds=kinds)
+    assert list(study) == text[:3]
+    assert study[names[0]] == study[text[0]]
+    assert study.exemplars(names[0]) == study.exemplars(text[0])
+    with pytest.raises(TypeError, match="Several neurons"):
+        nl.explain_neurons(vlm, atlas, text[0], kinds=kinds)
+
+
+@pytest.mark.parametrize("part", ["explainer", "visual_simulator", "text_simulator"])
+@pytest.mark.parametrize("wrong", ["gpt-4o", nl.ChatExplainer, nl.AnnotationSegmenter()])
+def test_what_cannot_do_its_part_is_refused_before_anything_is_recorded(
+    vlm, atlas, kinds, text, part, wrong, tmp_path
+):
+    with pytest.raises(TypeError, match=f"{part}=.* cannot (explain|simulate)"):
+        nl.explain_neurons(vlm, atlas, text, kinds=kinds, out=tmp_path / "study", **{part: wrong})
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_failure_that_may_pass_is_tried_again_by_the_next_call(vlm, atlas, kinds, text, tmp_path):
+    class Tired(Says):
+        def explain(self, jobs):
+            said = super().explain(jobs)
+            return [Failure("lost", passing=True), Failure("no idea"), *said[2:]]
+
+    def run(explainer):
+        return nl.explain_neurons(
+            vlm, atlas, text[:3], kinds=kinds, explainer=explainer, out=tmp_path / "s", **stubs()
+        )
+
+    Tired.__name__ = "Says"
+    assert run(Tired()).failures() == {"lost": 1, "no idea": 1}
+    again = run(Says())
+    assert again.failures() == {"no idea": 1}
+    assert again[text[0]].score is not None
+    assert "1 failed" in again._repr_html_()

@@ -41,7 +41,10 @@ class Failure:
     Attributes:
         reason: Why.
         asked: Key of the request that a chat model did not answer in its form, if one was asked.
+        passing: Whether it may be gone in a moment, such as a lost connection: a study that is
+            called again tries once more.
     """
 
     reason: str
     asked: str | None = None
+    passing: bool = False

@@ -28,7 +28,8 @@ class Fault:
 
     Attributes:
         point: `forward`, `answer` (when one is stored), or the name of a file of lines.
-        number: In which forward, answer or line, from 1.
+        number: In which forward, answer or line, from 1; answers that are stored together are
+            kept, or not, together.
         when: `before`, `half` way through a line, or `after`.
     """
 
@@ -254,11 +255,14 @@ def arm(fault: Fault, adapter: Any) -> None:
     elif fault.point == "answer":
         plain_put = ReplyStore.put
 
-        def put(self: Any, *args: Any, **more: Any) -> None:
-            now = reached()
+        def put(self: Any, answered: Any) -> None:
+            nonlocal count
+            # Answers that came together are stored together: it dies before or after all of them.
+            before, count = count, count + len(answered)
+            now = before < fault.number <= count
             if now and fault.when == "before":
                 _die()
-            plain_put(self, *args, **more)
+            plain_put(self, answered)
             if now:
                 _die()
 

@@ -21,10 +21,16 @@ class Prices:
     Attributes:
         prompt: Of what is sent.
         completion: Of what is written.
+
+    Raises:
+        ValueError: If one is negative or no number.
     """
 
     prompt: float
     completion: float
+
+    def __post_init__(self) -> None:
+        _not_negative(prompt=self.prompt, completion=self.completion)
 
     def of(self, prompt_tokens: float, completion_tokens: float) -> float:
         """The price of so many tokens."""
@@ -35,20 +41,36 @@ class Prices:
 class Budget:
     """The most that may be spent; None sets no limit.
 
-    Everything that the chat model's store of replies ever received counts, so a run that is
-    started again does not get the same budget twice. A request is sent if the most that it may
-    cost still fits: completions are at most `max_tokens` long, prompts are estimated until the
-    first replies tell. What other processes spend meanwhile is seen when the store is opened.
+    Everything that the chat model's store of replies ever received from this model counts, so a
+    run that is started again does not get the same budget twice. A request is sent if the most
+    that it may cost still fits: completions are at most as long as the request allows, prompts are
+    estimated until the first replies tell. What other processes spend meanwhile is seen when the
+    store is opened.
+
+    Only replies count. A request that timed out, was cancelled, or whose connection broke may
+    have been answered, and billed, by the server all the same.
 
     Attributes:
         price: In the currency of the prices.
         requests: Replies.
         tokens: Of prompts and completions together.
+
+    Raises:
+        ValueError: If one is negative or no number.
     """
 
     price: float | None = None
     requests: int | None = None
     tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _not_negative(price=self.price, requests=self.requests, tokens=self.tokens)
+
+
+def _not_negative(**amounts: float | None) -> None:
+    for name, amount in amounts.items():
+        if amount is not None and not amount >= 0:
+            raise ValueError(f"{name}={amount} was given; it must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -119,9 +141,17 @@ class Purse:
 
     How many tokens a prompt has is only known once it was answered. It is taken to exceed its
     estimate by the largest factor that was seen.
+
+    Args:
+        budget: The most that may be spent.
+        prices: What tokens cost.
+        spent: What was spent before.
+        excess: By what factor prompts are longer than estimated, as far as is known.
     """
 
-    def __init__(self, budget: Budget, prices: Prices | None, spent: Usage) -> None:
+    def __init__(
+        self, budget: Budget, prices: Prices | None, spent: Usage, excess: float = 1.0
+    ) -> None:
         if budget.price is not None and prices is None:
             raise ValueError(
                 f"A budget of {budget.price} needs prices to be compared with: "
@@ -133,7 +163,7 @@ class Purse:
         self.requests = spent.requests
         self.prompt_tokens = spent.prompt_tokens
         self.completion_tokens = spent.completion_tokens
-        self._excess = max(1.0, spent.tokens_per_word / TOKENS_PER_WORD)
+        self.excess = max(1.0, excess)
         self._held_requests = self._held_prompt = self._held_completion = 0
         self._lock = threading.Lock()
 
@@ -160,7 +190,7 @@ class Purse:
             BudgetError: If it does not fit, together with everything that is in flight.
         """
         with self._lock:
-            held = Held(math.ceil(prompt_tokens * self._excess), completion_tokens, prompt_tokens)
+            held = Held(math.ceil(prompt_tokens * self.excess), completion_tokens, prompt_tokens)
             self._compare(
                 self.requests + self._held_requests + 1,
                 self.prompt_tokens + self._held_prompt + held.prompt_tokens,
@@ -191,7 +221,7 @@ class Purse:
             self.requests += 1
             self.prompt_tokens += prompt_tokens
             self.completion_tokens += completion_tokens
-            self._excess = max(self._excess, prompt_tokens / max(1, held.estimated))
+            self.excess = max(self.excess, prompt_tokens / max(1, held.estimated))
 
     def give_back(self, held: Held) -> None:
         """Count nothing for a request that got no reply."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,19 @@ class TransformersChat(ChatModel):
     answers, other batches may give others. At temperature 0 batches make no difference.
 
     Args:
-        model: Its language model head generates; used as it is, on the device it is on.
+        model: Its language model head generates; used as it is, on the device it is on. Without a
+            name for it, its weights must not change afterwards.
         processor: Its processor, or tokenizer if it takes no images, with a chat template.
-        name: Part of the keys of stored answers; by default where the model was loaded from.
+        name: What keys of stored answers have of the model. By default where it was loaded from,
+            with a digest of some of its weights.
         replies: Store of answers, or where it is to lie; None keeps them in memory.
         batch_size: Requests generated together.
         attempts: Replies of the wrong form before a request fails.
         budget: The most requests or tokens.
 
     Raises:
-        ChatError: If the processor has no chat template, or its tokenizer no padding token.
+        ChatError: If the processor has no chat template, or its tokenizer no padding token, or
+            the model is in training mode.
     """
 
     def __init__(
@@ -50,7 +54,20 @@ class TransformersChat(ChatModel):
     ) -> None:
         config: Any = model.config
         known = name or str(getattr(config, "_name_or_path", "")) or type(model).__name__
-        super().__init__(known, replies=replies, attempts=attempts, budget=budget)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} was given; at least 1 is needed.")
+        if any(module.training for module in model.modules()):
+            raise ChatError(
+                f"{known} is in training mode, in which its answers are random. Call model.eval() "
+                "first."
+            )
+        super().__init__(
+            known,
+            replies=replies,
+            attempts=attempts,
+            budget=budget,
+            identity=name or f"{known}, {_digest(model)}",
+        )
         tokenizer = getattr(processor, "tokenizer", processor)
         if not getattr(processor, "chat_template", None):
             raise ChatError(
@@ -77,10 +94,11 @@ class TransformersChat(ChatModel):
         self._cancelled = False
         answers: dict[int, Reply | Failure] = {}
         twins: dict[str, list[int]] = {}
+        lost: dict[str, Failure] = {}
         batches: dict[tuple[float, int], list[_Waiting]] = {}
         for number, request in enumerate(requests):
-            key = request.key(self.name)
-            stored = self._stored(request, key)
+            key = request.key(self.identity)
+            stored = lost.get(key) or self._stored(request, key)
             if stored is not None:
                 answers[number] = stored
             elif key in twins:
@@ -91,14 +109,17 @@ class TransformersChat(ChatModel):
                 waiting = batches.setdefault((request.temperature, request.draw), [])
                 waiting.append(_Waiting(request, key))
                 if len(waiting) == self.batch_size:
-                    answers |= self._answered(waiting, twins)
+                    answers |= self._answered(waiting, twins, lost)
                     waiting.clear()
         for waiting in batches.values():
-            answers |= self._answered(waiting, twins)
+            answers |= self._answered(waiting, twins, lost)
         return [answers[i] for i in range(len(answers))]
 
     def _answered(
-        self, waiting: Sequence[_Waiting], twins: dict[str, list[int]]
+        self,
+        waiting: Sequence[_Waiting],
+        twins: dict[str, list[int]],
+        lost: dict[str, Failure],
     ) -> dict[int, Reply | Failure]:
         """Ask until every reply of a batch is an answer, or its attempts are used up."""
         done: dict[str, Reply | Failure] = {}
@@ -113,7 +134,8 @@ class TransformersChat(ChatModel):
                 words = self._words(each.messages)
                 judged = self._judge(each.request, each.key, reply, words)
                 if isinstance(judged, Reply):
-                    self.replies.put([Answered(each.key, each.request, self.name, reply, words)])
+                    answered = Answered(each.key, each.request, self.identity, reply, words)
+                    self.replies.put([answered])
                     done[each.key] = judged
                     continue
                 why = f"no valid reply after {self.attempts} attempts: {judged}"
@@ -123,6 +145,7 @@ class TransformersChat(ChatModel):
                     each.max_tokens *= 2
                 failed.append(each)
             left = failed
+        lost |= {key: said for key, said in done.items() if isinstance(said, Failure)}
         return {number: done[each.key] for each in waiting for number in twins.pop(each.key)}
 
     def _generated(self, asked: Sequence[_Waiting], attempt: int) -> list[StoredReply]:
@@ -229,6 +252,18 @@ class TransformersChat(ChatModel):
             for part in message.parts
         ]
         return {"role": message.role, "content": parts}
+
+
+def _digest(model: nn.Module) -> str:
+    """What tells checkpoints of one architecture apart: 64 values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:  # offloaded: only its shape is at hand
+            flat = parameter.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)][:64]
+            digest.update(some.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Waiting:

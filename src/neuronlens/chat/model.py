@@ -37,7 +37,9 @@ class ChatModel(ABC):
     """A model that answers requests, each at most once.
 
     Attributes:
-        name: The model's name; part of every key.
+        name: The model's name.
+        identity: What tells this model, looking at images as it does, from others: part of every
+            key, and what its spending is counted under. The name, unless a class says more.
         replies: The stored answers.
         attempts: How many replies to one request may be of the wrong form before it fails.
         chosen: Whether the caller said where answers are kept; a study keeps them in its own
@@ -55,10 +57,14 @@ class ChatModel(ABC):
         prices: Prices | None = None,
         budget: Budget | None = None,
         image_tokens: int = 255,
+        identity: str | None = None,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts={attempts} was given; a request needs at least 1.")
+        if image_tokens < 0:
+            raise ValueError(f"image_tokens={image_tokens} was given; it must be 0 or more.")
         self.name = name
+        self.identity = identity or name
         self.attempts = attempts
         self.image_tokens = image_tokens
         self._budget = budget or Budget()
@@ -67,7 +73,8 @@ class ChatModel(ABC):
         self._spent: list[tuple[Path | None, Usage]] = []
         self.replies = _store(replies)
         self.chosen = replies is not None
-        self.purse = Purse(self._budget, self._prices, self.replies.usage())
+        usage = self.replies.usage(self.identity)
+        self.purse = Purse(self._budget, self._prices, usage, _excess(usage))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.purse})"
@@ -81,13 +88,16 @@ class ChatModel(ABC):
         if store is self.replies:
             return
         self._earlier.append(self.replies)
-        self._spent.append((self.replies.path, self.purse.received))
-        if store.path is not None:  # what a file already counts, is counted by it
-            self._earlier = [each for each in self._earlier if each.path != store.path]
-            self._spent = [each for each in self._spent if each[0] != store.path]
+        self._spent.append((_place(self.replies), self.purse.received))
+        place = _place(store)
+        if place is not None:  # what a file already counts, is counted by it
+            self._earlier = [each for each in self._earlier if _place(each) != place]
+            self._spent = [each for each in self._spent if each[0] != place]
         self.replies = store
-        spent = sum((usage for _, usage in self._spent), store.usage())
-        self.purse = Purse(self._budget, self._prices, spent)
+        usage = store.usage(self.identity)
+        spent = sum((each for _, each in self._spent), usage)
+        excess = max(self.purse.excess, _excess(usage))
+        self.purse = Purse(self._budget, self._prices, spent, excess)
 
     @abstractmethod
     def ask(self, requests: Iterable[Request]) -> list[Reply | Failure]:
@@ -108,9 +118,9 @@ class ChatModel(ABC):
         """What asking these would cost, from the length of the texts and what was seen so far."""
         prompt = completion = missing = stored = 0
         seen: set[str] = set()
-        factor = self.replies.usage().tokens_per_word
+        factor = self.replies.usage(self.identity).tokens_per_word
         for request in requests:
-            key = request.key(self.name)
+            key = request.key(self.identity)
             if key in seen or any(key in store for store in (self.replies, *self._earlier)):
                 stored += 1
                 continue
@@ -158,12 +168,22 @@ class ChatModel(ABC):
         try:
             return Reply(key, reply.text, parse(request, reply.text), stored=False)
         except InvalidReplyError as error:
-            self.replies.reject(key, request, self.name, reply, words, error)
+            self.replies.reject(key, request, self.identity, reply, words, error)
             return error
+
+
+def _excess(usage: Usage) -> float:
+    """By what factor prompts were longer than estimated."""
+    return usage.tokens_per_word / TOKENS_PER_WORD
 
 
 def _store(replies: str | Path | ReplyStore | None) -> ReplyStore:
     return replies if isinstance(replies, ReplyStore) else ReplyStore(replies)
+
+
+def _place(store: ReplyStore) -> Path | None:
+    """Where a store's file is, however its path was written."""
+    return None if store.path is None else store.path.resolve()
 
 
 def again(messages: tuple[Message, ...], said: str, problem: object) -> tuple[Message, ...]:

@@ -2,61 +2,57 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import json
+import logging
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from http import HTTPStatus
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
 from neuronlens.chat.budget import Budget, Prices
-from neuronlens.chat.model import ChatModel, Reply, again
-from neuronlens.chat.replies import Answered, ReplyStore, StoredReply
-from neuronlens.chat.request import Message, Request, sendable
-from neuronlens.chat.wire import (
-    Detail,
-    LastingError,
-    PassingError,
-    read,
-    response_format,
-    seconds,
-    turn,
-)
+from neuronlens.chat.model import ChatModel, Reply
+from neuronlens.chat.replies import ReplyStore
+from neuronlens.chat.request import Request
+from neuronlens.chat.run import Asked, Run
+from neuronlens.chat.wire import Detail, response_format, turn
 from neuronlens.errors import ChatError, MissingExtraError
 from neuronlens.explanation import Failure
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import AsyncOpenAI
+
+_log = logging.getLogger("neuronlens.chat")
 
 Structured = Literal["auto", "always", "never"]
-_WAITS_FOR = {408, 409, 425, 429}
-_FIRST_PAUSE = 0.5
+_OWN_FIELDS = ("model", "messages", "n", "stream")
+"""What a request says itself, or would get another kind of reply."""
+_LIMITS = ("max_tokens", "max_completion_tokens")
+_OF_THE_FORM = re.compile(r"response_format|schema|json|structured|grammar|guided", re.IGNORECASE)
+_OF_THE_PROMPT = re.compile(
+    r"context|too (long|large|many)|exceed|image|picture|content policy|safety", re.IGNORECASE
+)
 
 
 class OpenAIChat(ChatModel):
     """A model behind OpenAI's API, or behind any server that offers the same.
 
     The key is read from the environment when it is needed and kept nowhere. Requests run
-    concurrently; 408, 409, 425, 429, 5xx, timeouts and broken connections are tried again with
-    growing pauses, as the server's Retry-After says if it says so. A reply of the wrong form is
-    told what was wrong, and asked again.
+    concurrently; 408, 409, 425, 429, 5xx, timeouts and broken connections are tried again, after
+    as long as the server's Retry-After says in seconds, or else with growing pauses; neither is
+    longer than `slowest_retry`. A reply of the wrong form is told what was wrong, and asked again.
 
     Args:
         model: The model's name on the server.
         base_url: Of the server, such as `http://localhost:8000/v1`; OpenAI's own by default,
             or what `OPENAI_BASE_URL` says.
-        key_env: Name of the environment variable with the key. A server of your own that
-            needs no key needs no variable.
+        key_env: Name of the environment variable with the key. By default `OPENAI_API_KEY`, but
+            no key at all where `base_url` is given: OpenAI's key is for OpenAI, or for the server
+            that `OPENAI_BASE_URL` names beside it. For a server of your own that needs a key,
+            name its variable.
         replies: Store of answers, or where it is to lie; None keeps them in memory.
         concurrency: Most requests in flight.
         structured: Whether the form is sent as a JSON schema for the server to keep to:
@@ -65,16 +61,20 @@ class OpenAIChat(ChatModel):
         attempts: Replies of the wrong form before a request fails.
         retries: Passing failures of one reply before its request fails.
         timeout: Of one reply, in seconds.
-        slowest_retry: Longest pause between two tries, in seconds.
+        slowest_retry: Longest pause between two tries, in seconds, whatever the server says.
         prices: For estimates and a budget.
         budget: The most that may be spent.
         image_tokens: About how many tokens an image counts as, for estimates.
-        detail: How closely images are looked at, where the server knows the word.
+        detail: How closely images are looked at, where the server knows the word. Another than
+            `"auto"` is part of the keys of stored answers.
         options: Further fields of every request, such as `{"reasoning_effort": "low"}`; None
-            leaves a field out. They are not part of the keys of stored answers.
+            leaves a field out. They are not part of the keys of stored answers. A budget goes by
+            the longest answer that they allow.
 
     Raises:
         MissingExtraError: If the package openai is not installed.
+        ValueError: If a setting cannot be, or options name `model`, `messages`, `n` or `stream`,
+            or allow answers of any length beside a budget of tokens or money.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class OpenAIChat(ChatModel):
         model: str,
         *,
         base_url: str | None = None,
-        key_env: str = "OPENAI_API_KEY",
+        key_env: str | None = None,
         replies: str | Path | ReplyStore | None = None,
         concurrency: int = 16,
         structured: Structured = "auto",
@@ -100,8 +100,19 @@ class OpenAIChat(ChatModel):
             import openai  # noqa: F401 - missing packages are told at the door
         except ImportError:
             raise MissingExtraError("openai", "chat", "Asking a chat server") from None
-        if concurrency < 1:
-            raise ValueError(f"concurrency={concurrency} was given; at least 1 is needed.")
+        for setting, given, least in (
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+            ("slowest_retry", slowest_retry, 0),
+        ):
+            if not given >= least:
+                raise ValueError(f"{setting}={given} was given; at least {least} is needed.")
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout} was given; it must be above 0 seconds.")
+        _one_of("structured", structured, get_args(Structured))
+        _one_of("detail", detail, get_args(Detail))
+        self.options = dict(options or {})
+        self._check_options(budget)
         super().__init__(
             model,
             replies=replies,
@@ -109,24 +120,42 @@ class OpenAIChat(ChatModel):
             prices=prices,
             budget=budget,
             image_tokens=image_tokens,
+            identity=model if detail == "auto" else f"{model}|{detail}",
         )
         self.base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        self.key_env = key_env
+        self.key_env = key_env or (None if base_url else "OPENAI_API_KEY")
         self.concurrency = concurrency
         self.structured = structured
         self.retries = retries
         self.timeout = timeout
         self.slowest_retry = slowest_retry
         self.detail = detail
-        self.options = dict(options or {})
         self._refused_fields: set[str] = set()
         self._refused_forms: set[type[BaseModel]] = set()
         self._taken_forms: set[type[BaseModel]] = set()
-        self._running: set[_Run] = set()
+        self._running: set[Run] = set()
+
+    def _check_options(self, budget: Budget | None) -> None:
+        wrong = [name for name in _OWN_FIELDS if name in self.options]
+        if wrong:
+            raise ValueError(
+                f"options has {', '.join(wrong)}, which every request says itself. Leave it out; "
+                "the model is the first argument."
+            )
+        limits = [self.options[name] for name in _LIMITS if name in self.options]
+        for limit in limits:
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise ValueError(f"options limits answers to {limit!r} tokens: give 1 or more.")
+        endless = "max_tokens" in self.options and not any(limits)
+        if endless and budget and (budget.tokens is not None or budget.price is not None):
+            raise ValueError(
+                f"options={self.options} allows answers of any length, so no budget of tokens or "
+                "money can be kept to. Give max_completion_tokens."
+            )
 
     def ask(self, requests: Iterable[Request]) -> list[Reply | Failure]:
         """Answer every request, in their order; see `ChatModel.ask`."""
-        run = _Run(self, iter(requests))
+        run = Run(self, iter(requests))
         self._running.add(run)
         try:
             return run.result()
@@ -173,9 +202,16 @@ class OpenAIChat(ChatModel):
         )
 
     def _key(self) -> str:
-        return os.environ.get(self.key_env, "").strip()
+        return os.environ.get(self.key_env, "").strip() if self.key_env else ""
 
-    def _body(self, asked: _Asked, without: frozenset[str]) -> dict[str, Any]:
+    def _longest(self, max_tokens: int) -> int:
+        """The longest answer that a request allows, after the options."""
+        limits = {"max_tokens": max_tokens} | {
+            name: self.options[name] for name in _LIMITS if name in self.options
+        }
+        return max((each for each in limits.values() if isinstance(each, int)), default=max_tokens)
+
+    def _body(self, asked: Asked, without: frozenset[str]) -> dict[str, Any]:
         request = asked.request
         left_out = without | self._refused_fields
         body: dict[str, Any] = {
@@ -191,16 +227,16 @@ class OpenAIChat(ChatModel):
             and request.answer not in self._refused_forms
         ):
             body["response_format"] = response_format(request.answer)
-        if "max_tokens" in left_out:
-            body["max_completion_tokens"] = asked.max_tokens
         body |= self.options
+        if "max_tokens" in left_out:
+            body.setdefault("max_completion_tokens", body["max_tokens"])
         return {
             name: value
             for name, value in body.items()
             if value is not None and name not in left_out
         }
 
-    def _suspect(self, asked: _Asked, body: dict[str, Any], said: str) -> str | None:
+    def _suspect(self, asked: Asked, body: dict[str, Any], said: str) -> str | None:
         """The field that a server that refuses this body may not know."""
         for name in ("max_tokens", "temperature", "seed"):
             if name in body and re.search(rf"\b{name}\b", said):
@@ -209,12 +245,18 @@ class OpenAIChat(ChatModel):
             "response_format" in body
             and self.structured == "auto"
             and asked.request.answer not in self._taken_forms
+            and (_OF_THE_FORM.search(said) or not _OF_THE_PROMPT.search(said))
         ):
             # The form is in the prompt's words as well.
+            _log.info(
+                "%s refused a request, perhaps for its JSON schema, and is asked without it: %s",
+                self.address,
+                said,
+            )
             return "response_format"
         return None
 
-    def _learn(self, asked: _Asked, body: dict[str, Any], without: frozenset[str]) -> None:
+    def _learn(self, asked: Asked, body: dict[str, Any], without: frozenset[str]) -> None:
         """Remember what an answered request went without, or with."""
         form = asked.request.answer
         self._refused_fields |= without - {"response_format"}
@@ -224,293 +266,6 @@ class OpenAIChat(ChatModel):
             self._refused_forms.add(form)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """One attempt at a request: the conversation so far, and about how many tokens it has."""
-
-    request: Request
-    messages: tuple[Message, ...]
-    max_tokens: int
-    about: int
-    attempt: int
-
-
-class _Run:
-    """One call of `ask`: its own event loop in its own thread, so that it works in a notebook."""
-
-    def __init__(self, chat: OpenAIChat, requests: Iterator[Request]) -> None:
-        self._chat = chat
-        self._requests = enumerate(requests)
-        self._answers: dict[int, Reply | Failure] = {}
-        self._asked: dict[str, asyncio.Future[Reply | Failure]] = {}
-        self._lost = 0
-        self._keeping: list[tuple[Answered, asyncio.Future[None]]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._error: BaseException | None = None
-        self._cancelled = False
-        self._ending = asyncio.Event()
-
-    def result(self) -> list[Reply | Failure]:
-        thread = threading.Thread(target=self._drive, name="neuronlens-chat", daemon=True)
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(0.5)
-        except BaseException:
-            self.cancel()
-            thread.join(10)
-            raise
-        if self._cancelled:
-            raise ChatError("Asking was stopped. What was answered is stored: call again to go on.")
-        if self._error is not None:
-            raise self._error
-        return [self._answers[i] for i in range(len(self._answers))]
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        if self._loop is not None and self._task is not None:
-            with suppress(RuntimeError):  # the loop is closed: there is nothing left to cancel
-                self._loop.call_soon_threadsafe(self._task.cancel)
-
-    def _drive(self) -> None:
-        # Beside models and recordings, looking for garbage among everything there is would take
-        # a tenth of the time.
-        gc.freeze()
-        try:
-            asyncio.run(self._all())
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            self._error = error
-        finally:
-            gc.unfreeze()
-
-    async def _all(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        if self._cancelled:
-            return
-        async with self._chat._client() as client:
-            workers = [
-                asyncio.create_task(self._work(client)) for _ in range(self._chat.concurrency)
-            ]
-            try:
-                done, waiting = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            except asyncio.CancelledError:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-                raise
-            failed = [e for e in (w.exception() for w in done) if e is not None]
-            if failed:
-                # What is in flight was paid for: its answers are awaited and stored.
-                await asyncio.gather(*waiting, return_exceptions=True)
-                raise failed[0]
-
-    async def _work(self, client: AsyncOpenAI) -> None:
-        try:
-            await self._answer(client)
-        except BaseException:
-            self._ending.set()
-            raise
-
-    async def _answer(self, client: AsyncOpenAI) -> None:
-        for number, request in self._requests:
-            if self._ending.is_set() or self._cancelled:
-                return
-            key = request.key(self._chat.name)
-            twin = self._asked.get(key)
-            if twin is not None:
-                self._answers[number] = await asyncio.shield(twin)
-                continue
-            stored = self._chat._stored(request, key)
-            if stored is not None:
-                self._answers[number] = stored
-                continue
-            mine = asyncio.get_running_loop().create_future()
-            self._asked[key] = mine
-            try:
-                answer = await self._one(client, request, key)
-            except BaseException as error:
-                if not isinstance(error, asyncio.CancelledError):
-                    mine.set_exception(error)
-                    mine.exception()  # a twin may be waiting for it, or none
-                else:
-                    mine.cancel()
-                raise
-            mine.set_result(answer)
-            del self._asked[key]
-            self._answers[number] = answer
-
-    async def _one(self, client: AsyncOpenAI, request: Request, key: str) -> Reply | Failure:
-        """Ask until a reply is an answer, or the attempts are used up."""
-        chat = self._chat
-        messages, max_tokens = request.messages, request.max_tokens
-        problem: object = ""
-        for attempt in range(1, chat.attempts + 1):
-            if self._ending.is_set():
-                break
-            words = chat._words(messages)
-            about = chat._prompt_tokens(words, len(messages))
-            asked = _Asked(request, messages, max_tokens, about, attempt)
-            held = chat.purse.hold(asked.about, max_tokens)
-            received: StoredReply | None = None
-            try:
-                received = await self._received(client, asked)
-            except PassingError as error:
-                return self._given_up(str(error))
-            except LastingError as error:
-                self._lost, received = 0, error.received
-                if received is None:
-                    return Failure(str(error))
-                chat.replies.reject(key, request, chat.name, received, words, error)
-                return Failure(str(error), asked=key)
-            finally:
-                if received is None:
-                    chat.purse.give_back(held)
-                else:
-                    chat.purse.settle(held, received.prompt_tokens, received.completion_tokens)
-            self._lost = 0
-            judged = chat._judge(request, key, received, words)
-            if isinstance(judged, Reply):
-                await self._keep(Answered(key, request, chat.name, received, words))
-                return judged
-            problem = judged
-            messages = again(request.messages, received.text, judged)
-            if received.cut_short:
-                max_tokens = 2 * max_tokens
-        return Failure(f"no valid reply after {chat.attempts} attempts: {problem}", asked=key)
-
-    async def _keep(self, answered: Answered) -> None:
-        """Have an answer stored, together with those that came at the same time."""
-        kept = asyncio.get_running_loop().create_future()
-        self._keeping.append((answered, kept))
-        if len(self._keeping) == 1:
-            asyncio.get_running_loop().call_soon(self._store)
-        await kept
-
-    def _store(self) -> None:
-        keeping, self._keeping = self._keeping, []
-        try:
-            self._chat.replies.put([answered for answered, _ in keeping])
-        except BaseException as error:  # noqa: BLE001 - raised where each is waited for
-            for _, kept in keeping:
-                if not kept.done():
-                    kept.set_exception(error)
-        else:
-            for _, kept in keeping:
-                if not kept.done():
-                    kept.set_result(None)
-
-    def _given_up(self, reason: str) -> Failure:
-        """A request that failed for good in passing; many in a row mean the server is gone."""
-        self._lost += 1
-        if self._lost >= max(8, self._chat.concurrency):
-            raise ChatError(
-                f"The last {self._lost} requests to {self._chat.address} failed, the last one "
-                f"with: {reason}. Is the server up? What was answered is stored: call again to "
-                "go on."
-            )
-        return Failure(reason)
-
-    async def _received(self, client: AsyncOpenAI, asked: _Asked) -> StoredReply:
-        """One reply, tried again while what goes wrong may pass."""
-        from tenacity import (
-            AsyncRetrying,
-            RetryCallState,
-            retry_if_exception_type,
-            stop_after_attempt,
-            wait_exponential,
-            wait_random,
-        )
-
-        # All that failed together should not come back together.
-        growing = wait_exponential(multiplier=_FIRST_PAUSE) + wait_random(0, _FIRST_PAUSE)
-
-        def pause(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            said = error.wait if isinstance(error, PassingError) else None
-            return min(growing(state) if said is None else said, self._chat.slowest_retry)
-
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._chat.retries + 1),
-            wait=pause,
-            sleep=self._sleep,
-            retry=retry_if_exception_type(PassingError),
-            reraise=True,
-        )
-        return await retrying(self._once, client, asked)
-
-    async def _sleep(self, seconds: float) -> None:
-        """A pause between two tries.
-
-        Raises:
-            PassingError: If the run has failed meanwhile; nothing is sent any more.
-        """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._ending.wait()
-        if self._ending.is_set():
-            raise PassingError("the run has ended")
-
-    async def _once(
-        self, client: AsyncOpenAI, asked: _Asked, without: frozenset[str] = frozenset()
-    ) -> StoredReply:
-        import openai
-
-        chat = self._chat
-        body = chat._body(asked, without)
-        try:
-            # The client's own limit is for each part of a reply, not for the whole.
-            async with asyncio.timeout(chat.timeout):
-                # Half the time of chat.completions.create, which rebuilds every message and reply.
-                raw = await client.post("/chat/completions", body=body, cast_to=bytes)
-        except (openai.APITimeoutError, TimeoutError):
-            raise PassingError(f"no reply within {chat.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            why = type(error.__cause__).__name__ if error.__cause__ else "no connection"
-            raise PassingError(f"the connection to {chat.address} broke ({why})") from None
-        except openai.APIStatusError as error:
-            if error.status_code in (400, 422):
-                suspect = chat._suspect(asked, body, self._said(error))
-                if suspect is not None:
-                    return await self._once(client, asked, without | {suspect})
-            raise self._refusal(error) from None
-        try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError):
-            raise PassingError("the server's reply is no JSON") from None
-        chat._learn(asked, body, without)
-        return read(value, asked.attempt, asked.about)
-
-    def _refusal(self, error: APIStatusError) -> Exception:
-        """What a status other than 200 means."""
-        chat, status = self._chat, error.status_code
-        if status in _WAITS_FOR or status >= 500:
-            return PassingError(
-                f"the server answered {status}: {self._said(error)}",
-                seconds(error.response.headers.get("retry-after")),
-            )
-        if status in (401, 402, 403):
-            # Servers quote the key in such a message, so it is not repeated.
-            return ChatError(
-                f"{chat.address} refused the key in {chat.key_env} ({status} "
-                f"{HTTPStatus(status).phrase}). Set the variable to a key that may use "
-                f"{chat.name!r}."
-            )
-        if status == 404:
-            return ChatError(
-                f"{chat.address} knows no model {chat.name!r} or no chat completions (404): "
-                f"{self._said(error)}"
-            )
-        return LastingError(f"the server refused the request ({status}): {self._said(error)}")
-
-    def _said(self, error: APIStatusError) -> str:
-        """What the server wrote, without the key."""
-        # The client's own message has the words of errors in OpenAI's form only.
-        said = " ".join(error.response.text.split())
-        key = self._chat._key()
-        if key:
-            said = said.replace(key, "[key]")
-        return sendable(said[:300])
+def _one_of(setting: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ValueError(f"{setting}={given!r} was given; there are {', '.join(map(repr, known))}.")

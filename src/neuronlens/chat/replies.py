@@ -19,7 +19,7 @@ from neuronlens.chat.request import Message, Picture, Request
 from neuronlens.errors import DataError, UnknownNameError
 from neuronlens.show import Html, escaped, picture
 
-_OURS = 0x6E6C7231
+_OURS = 0x6E6C7232
 """SQLite's application id of a store of replies, so that no other program's file is written to."""
 
 _PATIENCE = 60.0
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS replies (
 CREATE TABLE IF NOT EXISTS rejected (
     key TEXT PRIMARY KEY, request TEXT NOT NULL, reply TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attempts (
-    key TEXT NOT NULL, outcome TEXT NOT NULL,
+    key TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL,
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, words INTEGER NOT NULL);
 COMMIT;
 """
@@ -72,7 +72,7 @@ class Answered:
     Attributes:
         key: Of the request.
         request: What was asked.
-        model: Who was asked.
+        model: Who was asked: the `identity` of the chat model.
         reply: What was answered.
         words: Of the conversation that was sent.
     """
@@ -150,37 +150,71 @@ class ReplyStore:
 
     Args:
         path: The file, made if there is none; None keeps the answers in memory.
+        read_only: Whether answers are only looked up: the file must be there, and neither it nor
+            its folder need be writable.
 
     Raises:
         DataError: If the file is no store of replies, is damaged, or cannot be written; the same
             holds for what is read and kept later.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, *, read_only: bool = False) -> None:
+        if read_only and path is None:
+            raise ValueError("A store in memory starts empty: read_only=True needs a path.")
         self.path = None if path is None else Path(path)
         self._lock = threading.Lock()
         self._known: set[str] = set()
         try:
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(
-                ":memory:" if self.path is None else self.path,
-                timeout=_PATIENCE,
-                check_same_thread=False,
-                isolation_level=None,
-            )
-            self._close = weakref.finalize(self, self._database.close)
-            self._open()
+            if read_only and self.path is not None:
+                self._look(self.path.absolute())
+            else:
+                self._open()
         except (OSError, sqlite3.Error) as error:
             raise DataError(
                 f"{self.path} cannot serve as a store of replies: {error}. Choose another path."
             ) from error
 
-    def _open(self) -> None:
+    def _connect(self, database: str | Path, *, uri: bool = False) -> None:
+        self._database = sqlite3.connect(
+            database, timeout=_PATIENCE, check_same_thread=False, isolation_level=None, uri=uri
+        )
+        self._close = weakref.finalize(self, self._database.close)
+
+    def _owned(self) -> bool:
+        """Whether the database is ours; False for a new one.
+
+        Raises:
+            sqlite3.DatabaseError: If it is somebody else's.
+        """
         (tables,) = self._database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         (owner,) = self._database.execute("PRAGMA application_id").fetchone()
         if tables and owner != _OURS:
-            raise sqlite3.DatabaseError("it is a database of another kind")
+            raise sqlite3.DatabaseError("it is a database of another kind, or of an older version")
+        return bool(tables)
+
+    def _look(self, place: Path) -> None:
+        """Open the file for reading."""
+        address = f"{place.as_uri()}?mode=ro"
+        try:
+            self._connect(address, uri=True)
+            owned = self._owned()
+        except sqlite3.OperationalError:
+            # Readers and writers share a file beside the database, which cannot be made in a
+            # folder that may not be written to. Where nobody is writing, it is not needed.
+            if not place.exists() or place.with_name(f"{place.name}-wal").exists():
+                raise
+            self._close()
+            self._connect(f"{address}&immutable=1", uri=True)
+            owned = self._owned()
+        if not owned:
+            raise sqlite3.DatabaseError("it is empty")
+
+    def _open(self) -> None:
+        """Open the file for reading and writing, and make what is not there."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._connect(":memory:" if self.path is None else self.path)
+        self._owned()
         # A killed process loses nothing that was committed in this mode, only a power cut may.
         # Its beginning does not wait for others that are opening the file, so we do.
         until = time.monotonic() + _PATIENCE
@@ -215,7 +249,9 @@ class ReplyStore:
         return int(self._one("SELECT COUNT(*) FROM replies")[0])
 
     def __contains__(self, key: str) -> bool:
-        return self.get(key) is not None
+        with self._using() as database:
+            row = database.execute("SELECT 1 FROM replies WHERE key = ?", (key,)).fetchone()
+            return row is not None
 
     def get(self, key: str) -> StoredReply | None:
         """The stored answer to a request."""
@@ -230,7 +266,7 @@ class ReplyStore:
             for each in answered:
                 row = (each.key, each.request.canonical(each.model), each.reply.model_dump_json())
                 self._insert("replies", each.request.messages, row)
-                self._attempt(each.key, "answered", each.reply, each.words)
+                self._attempt(each.key, each.model, "answered", each.reply, each.words)
         for each in answered:
             self._known.update(message.digest for message in each.request.messages)
 
@@ -259,20 +295,26 @@ class ReplyStore:
             database.execute("BEGIN IMMEDIATE")
             row = (key, request.canonical(model), reply.model_dump_json())
             self._insert("rejected", request.messages, row)
-            self._attempt(key, f"invalid: {why}", reply, words)
+            self._attempt(key, model, f"invalid: {why}", reply, words)
         self._known.update(message.digest for message in request.messages)
 
-    def _attempt(self, key: str, outcome: str, reply: StoredReply, words: int) -> None:
+    def _attempt(self, key: str, model: str, outcome: str, reply: StoredReply, words: int) -> None:
         self._database.execute(
-            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?)",
-            (key, outcome, reply.prompt_tokens, reply.completion_tokens, words),
+            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+            (key, model, outcome, reply.prompt_tokens, reply.completion_tokens, words),
         )
 
-    def usage(self) -> Usage:
-        """Everything that was ever received into this store."""
+    def usage(self, model: str | None = None) -> Usage:
+        """Everything that was ever received into this store.
+
+        Args:
+            model: The `identity` of the chat model whose replies count; None counts all.
+        """
         row = self._one(
             "SELECT COUNT(*), TOTAL(outcome != 'answered'), TOTAL(prompt_tokens), "
-            "TOTAL(completion_tokens), TOTAL(words) FROM attempts"
+            "TOTAL(completion_tokens), TOTAL(words) FROM attempts "
+            "WHERE ?1 IS NULL OR model = ?1",
+            (model,),
         )
         return Usage(*map(int, row))
 
@@ -343,7 +385,7 @@ class ReplyStore:
         with self._lock:
             self._close()
 
-    def _one(self, query: str) -> tuple[float, ...]:
+    def _one(self, query: str, given: tuple[str | None, ...] = ()) -> tuple[float, ...]:
         with self._using() as database:
-            row: tuple[float, ...] = database.execute(query).fetchone()
+            row: tuple[float, ...] = database.execute(query, given).fetchone()
         return row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -12,7 +11,11 @@ from neuronlens.chat.replies import StoredReply
 from neuronlens.chat.request import Message, is_closed, schema, sendable
 
 Detail = Literal["low", "high", "auto"]
-_MOST_TOKENS = 10**9
+
+_FAR_OFF = 50
+"""A count of tokens that is so many times above or below our own is no count."""
+_SHORT = 100
+"""Tokens; of less, a server's own additions may be a large multiple."""
 
 
 class PassingError(Exception):
@@ -31,12 +34,8 @@ class LastingError(Exception):
         self.received = received
 
 
-@lru_cache(maxsize=256)
 def turn(message: Message, detail: Detail) -> dict[str, Any]:
-    """A message; pictures are data URLs where they stand in the text.
-
-    Remembered, since the same worked neurons precede every question.
-    """
+    """A message; pictures are data URLs where they stand in the text."""
     if not message.pictures:
         return {"role": message.role, "content": message.text}
     parts = [
@@ -61,13 +60,14 @@ def response_format(answer: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def read(value: Any, attempt: int, about: int) -> StoredReply:
+def read(value: Any, attempt: int, about: int, longest: int) -> StoredReply:
     """A reply from the server's JSON; its text is empty if there is none.
 
     Args:
         value: The JSON.
         attempt: Which reply to the request this is.
-        about: Tokens of the prompt, for servers that do not count them.
+        about: Tokens of the prompt, for servers that do not count them, or wrongly.
+        longest: Tokens that the answer may have.
 
     Raises:
         LastingError: If the model refused, or its answer was withheld.
@@ -82,12 +82,15 @@ def read(value: Any, attempt: int, about: int) -> StoredReply:
     if isinstance(text, list):
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
     whole = value if isinstance(value, dict) else {}
+    usage = whole.get("usage")
+    written = min(len(str(text)) // 4 + 1, longest)
     reply = StoredReply(
         text=sendable(str(text)),
         model=sendable(str(whole.get("model", ""))),
         attempts=attempt,
-        prompt_tokens=_count(whole.get("usage"), "prompt_tokens", about),
-        completion_tokens=_count(whole.get("usage"), "completion_tokens", len(str(text)) // 4 + 1),
+        prompt_tokens=_count(usage, "prompt_tokens", about, about),
+        # What a model thinks without saying it is in the count, up to the longest answer.
+        completion_tokens=_count(usage, "completion_tokens", written if text else 0, longest),
         cut_short=finished == "length",
     )
     if refusal:
@@ -97,12 +100,16 @@ def read(value: Any, attempt: int, about: int) -> StoredReply:
     return reply
 
 
-def _count(usage: Any, name: str, otherwise: int) -> int:
-    """A number of tokens as the server counts, or our own if it does not."""
+def _count(usage: Any, name: str, about: int, most: int) -> int:
+    """A number of tokens as the server counts, or our own if it does not, or absurdly."""
     said = usage.get(name) if isinstance(usage, dict) else None
-    if isinstance(said, int) and not isinstance(said, bool) and 0 <= said <= _MOST_TOKENS:
+    if (
+        isinstance(said, int)
+        and not isinstance(said, bool)
+        and about / _FAR_OFF <= said <= _FAR_OFF * max(most, _SHORT)
+    ):
         return said
-    return otherwise
+    return about
 
 
 def seconds(header: str | None) -> float | None:

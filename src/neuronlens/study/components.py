@@ -10,6 +10,7 @@ from neuronlens.chat import ChatModel, ReplyStore
 from neuronlens.errors import SegmenterError
 from neuronlens.explain import Explainer, Modality
 from neuronlens.explanation import Failure
+from neuronlens.neurons import NeuronId
 from neuronlens.segment import AnnotationSegmenter, CachedSegmenter, GroundedSegmenter
 from neuronlens.simulate import (
     ChatSimulator,
@@ -20,6 +21,30 @@ from neuronlens.simulate import (
     WordSimulator,
 )
 from neuronlens.study.journal import MASKS, REPLIES
+
+
+def named(neurons: Iterable[NeuronId | str]) -> list[NeuronId]:
+    """Neurons, each once, whatever way they are given.
+
+    Raises:
+        TypeError: If it is a single one.
+    """
+    if isinstance(neurons, (NeuronId, str)):
+        raise TypeError(f"Several neurons are needed, such as [{str(neurons)!r}].")
+    parsed = (NeuronId.parse(each) if isinstance(each, str) else each for each in neurons)
+    return list(dict.fromkeys(parsed))
+
+
+def require(name: str, component: object, method: str, example: str) -> None:
+    """Refuse what cannot do its part, before anything is recorded.
+
+    Raises:
+        TypeError: If the component has no such method.
+    """
+    if component is not None and (isinstance(component, type) or not hasattr(component, method)):
+        raise TypeError(
+            f"{name}={component!r:.80} cannot {method}. Give an object that can, such as {example}."
+        )
 
 
 def described(component: object) -> dict[str, Any]:
@@ -51,17 +76,22 @@ class Simulators:
             "text": text or by_word,
         }
 
-    def prepare(self, modalities: Iterable[Modality]) -> None:
+    def prepare(self, modalities: Iterable[Modality]) -> dict[str, str]:
         """Load what these need and is not loaded yet: what is missing is known before anyone asks.
+
+        Returns:
+            By modality, the name of what was chosen by default and is loaded.
 
         Raises:
             MissingExtraError: If a package is not installed.
             SegmenterError: If a segmenter cannot be loaded.
         """
+        loaded: dict[str, str] = {}
         for modality in set(modalities):
             simulator = self.by_modality[modality]
             if isinstance(simulator, GroundedByDefault):
-                simulator.prepare()
+                loaded[modality] = simulator.prepare().segmenter.name
+        return loaded
 
     @property
     def given(self) -> list[Simulator]:
@@ -116,7 +146,8 @@ class Replies:
     """The chat models behind a study's components, and the store its replies are kept in.
 
     A chat model whose caller did not say where keeps its answers in the study's folder from now
-    on; of one with a file of its own, what the study used is copied.
+    on; of one with a file of its own, what the records name is copied: neither what was asked
+    for the null nor for the scores of candidates.
 
     Attributes:
         store: Where the replies can be looked up; None if no chat model is asked.
@@ -134,7 +165,10 @@ class Replies:
             stores = {id(chat.replies): chat.replies for chat in self._chats}
             self.store = next(iter(stores.values())) if len(stores) == 1 else ReplyStore()
             return
-        self.store = ReplyStore(folder / REPLIES)
+        path = (folder / REPLIES).resolve()
+        chosen = [chat.replies for chat in self._chats if chat.chosen]
+        here = [each for each in chosen if each.path and each.path.resolve() == path]
+        self.store = here[0] if here else ReplyStore(folder / REPLIES)
         for chat in self._chats:
             if not chat.chosen:
                 chat.keep_in(self.store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -24,6 +25,9 @@ Name = TypeVar("Name")
 
 _MANY = 100
 """So many jobs that all raise are not the jobs' fault."""
+
+_PATIENCE = 5.0
+"""Seconds to wait, when interrupted, for calls that were told to stop."""
 
 
 class _MiscountError(DataError):
@@ -105,17 +109,29 @@ def together(
 
     Args:
         calls: What to run.
-        stop: Makes the others end soon; called if one of them raises.
+        stop: Makes the others end soon. If one of them raises, it is called until they have
+            ended, for it does nothing to what has not begun to ask.
     """
     names = list(calls)
     results: dict[Name, Answer] = {}
     errors: list[BaseException] = []
+    running = set(names)
 
     def run(name: Name) -> None:
         try:
             results[name] = calls[name]()
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
+        finally:
+            running.discard(name)
+        if errors:
+            end_others()
+
+    def end_others(patience: float = float("inf")) -> None:
+        until = time.monotonic() + patience
+        stop()
+        while running and time.monotonic() < until:
+            time.sleep(0.02)
             stop()
 
     others = [threading.Thread(target=run, args=(name,), daemon=True) for name in names[1:]]
@@ -127,7 +143,7 @@ def together(
         for thread in others:
             thread.join()
     except BaseException:
-        stop()
+        end_others(_PATIENCE)
         raise
     if errors:
         raise errors[0]

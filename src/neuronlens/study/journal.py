@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -67,6 +67,7 @@ class Journal:
 
     Attributes:
         folder: Where it lies; None for a run that is kept in memory.
+        manifest: What the study is made with.
         said: What was said of each neuron.
         records: Of the finished neurons.
         places: Where the tokens are kept already.
@@ -74,14 +75,34 @@ class Journal:
         traces: Activations, of a run that is kept in memory.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, manifest: StudyManifest) -> None:
         self.folder = folder
+        self.manifest = manifest
         self.said: dict[NeuronId, Said] = {}
         self.records: dict[NeuronId, NeuronRecord] = {}
         self.places: set[Place] = set()
         self.samples: dict[Place, SampleTokens] = {}
         self.traces: dict[NeuronId, list[TokenRecord]] = {}
         self._files: dict[str, IO[str]] = {}
+
+    def loaded(self, names: Mapping[str, str]) -> None:
+        """Note in the manifest what simulators by default have loaded.
+
+        Raises:
+            OutputError: If what this folder holds was made with something else, or it cannot be
+                written.
+        """
+        before = self.manifest.loaded
+        for modality, name in names.items():
+            if before.get(modality, name) != name:
+                raise OutputError(
+                    f"{self.folder} holds a study that was simulated with {before[modality]}, not "
+                    f"{name}. Choose another folder, or use the same to go on."
+                )
+        if {**before, **names} != before:
+            self.manifest = self.manifest.model_copy(update={"loaded": {**before, **names}})
+            if self.folder is not None:
+                _begin(self.folder, self.manifest)
 
     def say(self, said: Iterable[Said]) -> None:
         """Keep what was said of some neurons."""
@@ -105,9 +126,7 @@ class Journal:
             self.traces[record.id] = traces
         else:
             self._write(TRACES, Traces(neuron=record.neuron, exemplars=traces))
-        for name in (SAMPLES, TRACES):
-            if name in self._files:
-                self._files[name].flush()
+        self._flush(SAMPLES, TRACES)
         self.records[record.id] = record
         self._write(RECORDS, record)
         self._flush()
@@ -115,18 +134,24 @@ class Journal:
     def _write(self, name: str, line: BaseModel) -> None:
         if self.folder is None:
             return
-        if name not in self._files:
-            self._files[name] = (self.folder / name).open("a", encoding="utf-8")
-        self._files[name].write(line.model_dump_json() + "\n")
+        with writing(self.folder):
+            if name not in self._files:
+                self._files[name] = (self.folder / name).open("a", encoding="utf-8")
+            self._files[name].write(line.model_dump_json() + "\n")
 
-    def _flush(self) -> None:
-        for file in self._files.values():
-            file.flush()
+    def _flush(self, *names: str) -> None:
+        if self.folder is None:
+            return
+        with writing(self.folder):
+            for name, file in self._files.items():
+                if name in names or not names:
+                    file.flush()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; what could not be written was said when it was flushed."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
 
 
 @contextmanager
@@ -144,21 +169,25 @@ def journal(out: Path | None, manifest: StudyManifest, *, retry: bool = False) -
         DataError: If what it holds is damaged.
     """
     if out is None:
-        yield Journal(None)
+        yield Journal(None, manifest)
         return
     if not (out / MANIFEST).exists() and not _was_begun(out):
         require_free(out)
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(out, error) from error
     with locked(out / "lock"):
         if not (out / MANIFEST).exists():
             _begin(out, manifest)
-        _require_same(out, manifest)
-        kept = Journal(out)
-        for name in _LINES:
-            cut_torn_line(out / name)
+        there = read_manifest(out)
+        with writing(out):
+            for name in _LINES:
+                cut_torn_line(out / name)
+        if not any((out / name).stat().st_size for name in _LINES):
+            # Nothing was made with those settings: the run ended before, for whatever reason.
+            there = manifest
+            _begin(out, manifest)
+        _require_same(out, there, manifest)
+        kept = Journal(out, there)
         _load(kept, retry)
         try:
             yield kept
@@ -167,26 +196,39 @@ def journal(out: Path | None, manifest: StudyManifest, *, retry: bool = False) -
 
 
 def _was_begun(out: Path) -> bool:
-    """Whether a run was killed here before it had written anything but this."""
-    return out.is_dir() and {each.name for each in out.iterdir()} <= {"lock", _WORKING}
+    """Whether there is nothing here but what a run, or the caller's chat model, begins with."""
+    kept = {f"{name}{end}" for name in (REPLIES, MASKS) for end in ("", "-wal", "-shm", "-journal")}
+    return out.is_dir() and {each.name for each in out.iterdir()} <= {"lock", _WORKING, *kept}
 
 
 def _begin(out: Path, manifest: StudyManifest) -> None:
-    try:
+    with writing(out):
         # First of all files, and whole or not there.
         (out / _WORKING).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (out / _WORKING).replace(out / MANIFEST)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Give what cannot be written the folder's name.
+
+    Raises:
+        OutputError: If something in the block cannot be written.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}. A study goes on from what was written "
+            "before when it is called again; or choose another folder."
+        ) from error
 
 
-def _unwritable(out: Path, error: OSError) -> OutputError:
-    return OutputError(f"{out} cannot be written: {error.strerror}. Choose another folder.")
-
-
-def _require_same(out: Path, manifest: StudyManifest) -> None:
-    there = read_manifest(out).model_dump(mode="json")
-    now = manifest.model_dump(mode="json")
+def _require_same(out: Path, manifest: StudyManifest, asked: StudyManifest) -> None:
+    there = manifest.model_dump(mode="json", exclude={"loaded"})
+    now = asked.model_dump(mode="json", exclude={"loaded"})
     for name, value in now.items():
         if there[name] != value:
             where, one, other = _difference(name, there[name], value)
@@ -221,11 +263,13 @@ def _load(kept: Journal, retry: bool) -> None:
     if folder is None:
         return
     for said in read_lines(folder / SAID, Said):
-        if not (retry and said.explanation is None):
+        if said.passing or (retry and said.explanation is None):
+            kept.said.pop(NeuronId.parse(said.neuron), None)
+        else:
             kept.said[NeuronId.parse(said.neuron)] = said
     kept.places.update(SampleFile(folder / SAMPLES))
     for record in read_lines(folder / RECORDS, NeuronRecord):
-        if retry and record.failure is not None:
+        if record.passing or (retry and record.failure is not None):
             kept.records.pop(record.id, None)
         else:
             kept.records[record.id] = record

@@ -86,11 +86,12 @@ def read_lines(path: Path, kind: type[Model], *, torn: bool = False) -> list[Mod
         DataError: If the file is missing or a line is damaged.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        # As bytes: a line that was cut may end in the middle of a character.
+        with path.open("rb") as file:
             return [
-                kind.model_validate_json(line) for line in file if line.endswith("\n") or not torn
+                kind.model_validate_json(line) for line in file if line.endswith(b"\n") or not torn
             ]
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
+    except (OSError, ValidationError) as error:
         raise DataError(f"{path.parent} is no whole study: {path.name}: {error}") from error
 
 

@@ -53,6 +53,7 @@ class Said(BaseModel):
     neuron: str
     explanation: Explanation | None
     failure: str | None = None
+    passing: bool = False
     asked: str | None = None
     candidates: list[Candidate] = []
 
@@ -76,8 +77,11 @@ class NeuronRecord(BaseModel):
         explanation: None if it could not be explained.
         score: On the held-out exemplars; None if it could not be simulated.
         null: Scores, on the same exemplars, of other neurons' explanations.
+        null_failures: How many more were drawn for the null and could not be simulated.
         failure: Why there is no explanation or no score.
+        passing: Whether that may be gone in a moment: the next call tries this neuron again.
         asked: Keys of the requests behind explanation and simulation, in the study's replies.
+            Those behind the null and the candidates' scores are not noted.
         candidates: All explanations it was chosen from, by score on the validation ranks; empty
             if there was one only.
     """
@@ -90,7 +94,9 @@ class NeuronRecord(BaseModel):
     explanation: Explanation | None
     score: Score | None
     null: list[float]
+    null_failures: int = 0
     failure: str | None
+    passing: bool = False
     asked: list[str] = []
     candidates: list[Candidate] = []
 
@@ -98,6 +104,12 @@ class NeuronRecord(BaseModel):
     def id(self) -> NeuronId:
         """The neuron."""
         return NeuronId.parse(self.neuron)
+
+    @property
+    def all_asked(self) -> list[str]:
+        """Keys of all requests a study keeps of it: those of `asked`, and of its candidates."""
+        candidates = [each.explanation.asked for each in self.candidates]
+        return list(dict.fromkeys([*self.asked, *(key for key in candidates if key is not None)]))
 
     @property
     def null_mean(self) -> float | None:
@@ -157,6 +169,7 @@ class StudyManifest(BaseModel):
         explainer: Class of the explainer.
         simulators: Class of the simulator of each modality.
         settings: What the explainer's and simulators' answers depend on.
+        loaded: By modality, the name of what a simulator by default loaded once it was needed.
         sampling: How the explaining exemplars were chosen.
         explain: Ranks explained from.
         held_out: Ranks scored on.
@@ -174,6 +187,7 @@ class StudyManifest(BaseModel):
     explainer: str
     simulators: dict[str, str]
     settings: dict[str, dict[str, Any]] = {}
+    loaded: dict[str, str] = {}
     sampling: str
     explain: tuple[int, ...]
     held_out: tuple[int, ...]
@@ -197,5 +211,9 @@ def shown_score(score: Score) -> str:
 
 
 def shown_null(record: NeuronRecord) -> str:
-    """A neuron's mean null; says so if none was drawn."""
-    return as_text(record.null_mean) if record.null else "no null was drawn"
+    """A neuron's mean null; says so if none was drawn, and if some could not be simulated."""
+    failed, drawn = record.null_failures, record.null_failures + len(record.null)
+    if not drawn:
+        return "no null was drawn"
+    said = as_text(record.null_mean)
+    return f"{said} ({failed} of {drawn} draws failed)" if failed else said

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
@@ -24,6 +26,7 @@ from neuronlens.exemplars import (
     NeuronExemplars,
     exemplars,
 )
+from neuronlens.exemplars.choose import Choice
 from neuronlens.explain import (
     DissectionExplainer,
     Explainer,
@@ -36,7 +39,7 @@ from neuronlens.neurons import NeuronId
 from neuronlens.samples import Sample
 from neuronlens.score import Score
 from neuronlens.simulate import Simulator
-from neuronlens.study.components import Replies, Simulators, described
+from neuronlens.study.components import Replies, Simulators, described, named, require
 from neuronlens.study.each import one_each
 from neuronlens.study.journal import Journal, journal
 from neuronlens.study.records import (
@@ -59,7 +62,7 @@ RESAMPLES: Final = 1000
 def explain_neurons(
     adapter: ModelAdapter,
     atlas: Atlas,
-    neurons: Iterable[NeuronId] | None = None,
+    neurons: Iterable[NeuronId | str] | None = None,
     *,
     explainer: Explainer | None = None,
     visual_simulator: Simulator | None = None,
@@ -91,8 +94,9 @@ def explain_neurons(
     Args:
         adapter: Of the scanned model.
         atlas: The scan.
-        neurons: Which neurons; by default up to 800 of each category that says what to look at,
-            with a probability of at least 0.8, drawn with `seed` (P1, section 4.6).
+        neurons: Which neurons, or how they are written; by default up to 800 of each category
+            that says what to look at, with a probability of at least 0.8, drawn with `seed`
+            (P1, section 4.6).
         explainer: Says what they find; by default the concept from the samples' annotations
             that fits best.
         visual_simulator: Predicts visual tokens. By default, after an explainer that asks a
@@ -119,23 +123,31 @@ def explain_neurons(
 
     Raises:
         AtlasError: If atlas, classification and model do not belong together.
-        OutputError: If `out` holds something else, or a study with other settings.
+        OutputError: If `out` holds something else, or a study with other settings, or cannot be
+            written; what is done is written.
+        ValueError: If a count is too small, a rank has two uses, or there is no such sampling.
         ChatError: If a chat model cannot be asked at all; what is done is written.
         BudgetError: If a chat model's budget is used up; what is done is written.
     """
-    if best_of < 1 or null_draws < 0 or chunk < 1:
+    if best_of < 1 or null_draws < 0 or chunk < 1 or batch_size < 1:
         raise ValueError(
-            f"best_of={best_of}, null_draws={null_draws}, chunk={chunk} were given; they must be "
-            "at least 1, 0 and 1."
+            f"best_of={best_of}, null_draws={null_draws}, chunk={chunk}, batch_size={batch_size} "
+            "were given; they must be at least 1, 0, 1 and 1."
         )
+    explainer = explainer or DissectionExplainer()
+    require("explainer", explainer, "explain", "nl.ChatExplainer(chat)")
+    require("visual_simulator", visual_simulator, "simulate", "nl.MaskSimulator(segmenter)")
+    require("text_simulator", text_simulator, "simulate", "nl.ChatSimulator(chat)")
+    contrast = int(getattr(explainer, "contrast", 0))
+    # What a recording refuses is refused before a folder says that it was asked for.
+    Choice(explain, held_out, validate if best_of > 1 else (), contrast, sampling, seed)
     kinds = kinds or NeuronClassifier().classify(atlas)
     if kinds.model != atlas.manifest.model.fingerprint:
         raise AtlasError(
             "The classification is of another model than the atlas. Classify this atlas: "
             "kinds = NeuronClassifier(...).classify(atlas)."
         )
-    chosen = list(dict.fromkeys(kinds.pick(seed=seed) if neurons is None else neurons))
-    explainer = explainer or DissectionExplainer()
+    chosen = named(kinds.pick(seed=seed) if neurons is None else neurons)
     folder = None if out is None else Path(out)
     simulators = Simulators(explainer, visual_simulator, text_simulator, folder)
     manifest = StudyManifest(
@@ -159,7 +171,7 @@ def explain_neurons(
         replies = Replies([explainer, *simulators.given], folder)
         left = [neuron for neuron in chosen if neuron not in kept.records]
         if left:
-            simulators.prepare(m for n in left for m in modalities(kinds.of(n), ()))
+            kept.loaded(simulators.prepare(m for n in left for m in modalities(kinds.of(n), ())))
             found = exemplars(
                 adapter,
                 atlas,
@@ -168,7 +180,7 @@ def explain_neurons(
                 explain=explain,
                 held_out=held_out,
                 validate=validate if best_of > 1 else (),
-                contrast=int(getattr(explainer, "contrast", 0)),
+                contrast=contrast,
                 sampling=sampling,
                 samples=samples,
                 seed=seed,
@@ -176,7 +188,11 @@ def explain_neurons(
                 progress=progress,
             )
             # What counts for an unknown neuron is known only now.
-            simulators.prepare(m for n in left for m in modalities(kinds.of(n), found[n].held_out))
+            kept.loaded(
+                simulators.prepare(
+                    m for n in left for m in modalities(kinds.of(n), found[n].held_out)
+                )
+            )
             run = _Run(
                 adapter,
                 atlas,
@@ -196,7 +212,7 @@ def explain_neurons(
             except BaseException:
                 cancel([explainer, *simulators.given])
                 raise
-        return Study.of(manifest, kept, replies.store)
+        return Study.of(kept.manifest, kept, replies.store)
 
 
 class _Run:
@@ -234,7 +250,7 @@ class _Run:
     def explain_all(self, neurons: Sequence[NeuronId]) -> None:
         """Say what each neuron finds that nothing was said of yet."""
         waiting = [neuron for neuron in neurons if neuron not in self.kept.said]
-        with self._bar("explained", len(waiting)) as bar:
+        with self._bar("explained", len(waiting)) as bar, self._watched(bar):
             for some in _parts(waiting, self.chunk):
                 jobs = [
                     ExplanationJob(
@@ -270,6 +286,7 @@ class _Run:
                         neuron=str(neuron),
                         explanation=None,
                         failure=lost.reason,
+                        passing=lost.passing,
                         asked=lost.asked,
                     )
                 )
@@ -294,7 +311,7 @@ class _Run:
         for several in by_category.values():
             # By name: the null does not depend on the order in which neurons were given.
             several.sort(key=str)
-        with self._bar("scored", len(neurons)) as bar:
+        with self._bar("scored", len(neurons)) as bar, self._watched(bar):
             for some in _parts(neurons, self.chunk):
                 trials, of_null = [], []
                 explained = [neuron for neuron in some if neuron in said]
@@ -305,11 +322,9 @@ class _Run:
                 trials += [self._trial(neuron, other) for neuron, other in of_null]
                 outcomes = self._tried(trials)
                 own = dict(zip(explained, outcomes, strict=False))
-                nulls: dict[NeuronId, list[float]] = {neuron: [] for neuron in explained}
+                nulls: dict[NeuronId, list[Outcome]] = {neuron: [] for neuron in explained}
                 for (neuron, _), outcome in zip(of_null, outcomes[len(explained) :], strict=True):
-                    value = _value(outcome)
-                    if value is not None:
-                        nulls[neuron].append(value)
+                    nulls[neuron].append(outcome)
                 for neuron in some:
                     self._write(neuron, own.get(neuron), nulls.get(neuron, []))
                 self._advance(bar, len(some))
@@ -343,7 +358,7 @@ class _Run:
         drawn = rng.permutation(len(same) - 1)[: self.manifest.null_draws].tolist()
         return [same[i if i < own else i + 1] for i in drawn]
 
-    def _write(self, neuron: NeuronId, outcome: Outcome | None, null: list[float]) -> None:
+    def _write(self, neuron: NeuronId, outcome: Outcome | None, null: Sequence[Outcome]) -> None:
         said, found = self.kept.said[neuron], self.found[neuron]
         score = outcome.score if outcome is not None else None
         explained = said.asked if said.explanation is None else said.explanation.asked
@@ -356,12 +371,14 @@ class _Run:
             maximum=found.maximum,
             explanation=said.explanation,
             score=score if isinstance(score, Score) else None,
-            null=null,
+            null=[value for value in map(_value, null) if value is not None],
+            null_failures=sum(isinstance(each.score, Failure) for each in null),
             failure=score.reason if isinstance(score, Failure) else said.failure,
+            passing=score.passing if isinstance(score, Failure) else said.passing,
             asked=[key for key in asked if key is not None],
             candidates=said.candidates,
         )
-        self.replies.keep(record.asked)
+        self.replies.keep(record.all_asked)
         simulated = outcome.simulated if outcome is not None else ()
         traces = [
             *(_token_record(e, "explain", None) for e in found.explain),
@@ -390,6 +407,26 @@ class _Run:
             for each in (*found.explain, *found.held_out)
             if each.position is not None and (each.position, stream) not in self.kept.places
         ]
+
+    @contextmanager
+    def _watched(self, bar: tqdm[None]) -> Iterator[None]:
+        """Show the cost so far every few seconds: a chunk may take long."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(3):
+                bar.set_postfix_str(self.replies.spent())
+
+        if not (self.progress and self.replies.spent()):
+            yield
+            return
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _bar(self, what: str, total: int) -> tqdm[None]:
         return tqdm(total=total, desc=what, unit="neuron", disable=not self.progress)

@@ -28,6 +28,7 @@ from neuronlens.study.journal import (
     SampleFile,
     TraceFile,
     read_manifest,
+    writing,
 )
 from neuronlens.study.lines import read_lines, write_lines
 from neuronlens.study.records import (
@@ -44,6 +45,13 @@ from neuronlens.study.records import (
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Exchanges(list[Exchange]):
+    """Questions and answers; they show themselves in a notebook, one after the other."""
+
+    def _repr_html_(self) -> Html:
+        return Html("<hr>".join(each._repr_html_() for each in self))
 
 
 class Study(Mapping[NeuronId, NeuronRecord]):
@@ -90,7 +98,8 @@ class Study(Mapping[NeuronId, NeuronRecord]):
             f"{self.manifest.explainer}{unfinished})"
         )
 
-    def __getitem__(self, neuron: NeuronId) -> NeuronRecord:
+    def __getitem__(self, neuron: NeuronId | str) -> NeuronRecord:
+        neuron = NeuronId.parse(neuron) if isinstance(neuron, str) else neuron
         if neuron not in self.records:
             raise UnknownNameError("neuron in this study", neuron, self.records)
         return self.records[neuron]
@@ -101,7 +110,7 @@ class Study(Mapping[NeuronId, NeuronRecord]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def exemplars(self, neuron: NeuronId) -> list[TokenRecord]:
+    def exemplars(self, neuron: NeuronId | str) -> list[TokenRecord]:
         """True and simulated activations of a neuron on its exemplars, token by token.
 
         Raises:
@@ -109,7 +118,7 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         """
         return list(self._traces.get(self[neuron].id, ()))
 
-    def exchanges(self, neuron: NeuronId) -> list[Exchange]:
+    def exchanges(self, neuron: NeuronId | str) -> Exchanges:
         """What a chat model was asked about a neuron, with images, and what it answered.
 
         The question for the explanation comes first, then those of the simulation.
@@ -118,7 +127,9 @@ class Study(Mapping[NeuronId, NeuronRecord]):
             UnknownNameError: If the study has no such neuron.
         """
         replies = self.replies
-        return [] if replies is None else [replies.exchange(key) for key in self[neuron].asked]
+        if replies is None:
+            return Exchanges()
+        return Exchanges(replies.exchange(key) for key in self[neuron].asked)
 
     def summary(self) -> dict[Category, Summary]:
         """Mean score of each category beside its null, with intervals over neurons."""
@@ -196,7 +207,7 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         Raises:
             OutputError: If the folder exists and is not empty, or cannot be written.
         """
-        with new_folder(out) as folder:
+        with new_folder(out) as folder, writing(Path(out)):
             write_lines(folder / RECORDS, self.records.values())
             write_lines(folder / SAMPLES, self.samples.values())
             write_lines(
@@ -217,7 +228,7 @@ class Study(Mapping[NeuronId, NeuronRecord]):
             )
             if self.replies is not None:
                 copy = ReplyStore(folder / REPLIES)
-                self.replies.copy_to(copy, [k for r in self.records.values() for k in r.asked])
+                self.replies.copy_to(copy, [k for r in self.records.values() for k in r.all_asked])
                 copy.close()
             text = self.manifest.model_dump_json(indent=1) + "\n"
             (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -252,7 +263,8 @@ class Study(Mapping[NeuronId, NeuronRecord]):
         lost = [record.neuron for record in records if record.id not in traces]
         if lost:
             raise DataError(f"{path} is no whole study: {TRACES} lacks {lost[0]}.")
-        replies = ReplyStore(path / REPLIES) if (path / REPLIES).exists() else None
+        there = (path / REPLIES).exists()
+        replies = ReplyStore(path / REPLIES, read_only=True) if there else None
         return cls(manifest, records, samples, traces, replies)
 
     def _repr_html_(self) -> Html:
@@ -276,6 +288,10 @@ class Study(Mapping[NeuronId, NeuronRecord]):
             f"{each.undefined} undefined)"
             for category, each in self.summary().items()
         )
+        lost = sum(self.failures().values())
+        said += f"; {lost} failed" if lost else ""
+        missing = len(self.manifest.neurons) - len(self)
+        said += f"; {missing} not finished" if missing > 0 else ""
         head = ["neuron", "category", "explanation", "score", "null", "r visual", "r text"]
         return table(head, rows[:30], f"{len(rows)} neurons. {said}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from neuronlens.classify import Category
+from neuronlens.errors import ChatError
 from neuronlens.exemplars import Exemplar
 from neuronlens.explain import Modality, modalities
 from neuronlens.explanation import Explanation, Failure
@@ -70,6 +72,7 @@ def run_trials(
         have_worked: Whose simulators have answered before; see `one_each`.
     """
     counts = [modalities(trial.category, trial.exemplars) for trial in trials]
+    stopped = threading.Event()
 
     def answers(modality: Modality) -> dict[tuple[int, Modality], list[Simulation | Failure]]:
         mine = [i for i, names in enumerate(counts) if modality in names]
@@ -80,13 +83,18 @@ def run_trials(
         ]
         simulator = simulators[modality]
         worked = modality in have_worked
+        if stopped.is_set():
+            raise ChatError("Simulating was stopped before it began.")
         replies = iter(one_each(simulator, simulator.simulate, jobs, has_worked=worked))
         return {(i, modality): [next(replies) for _ in trials[i].exemplars] for i in mine}
 
     needed: list[Modality] = [m for m in simulators if any(m in names for names in counts)]
-    found = together(
-        {name: partial(answers, name) for name in needed}, lambda: cancel(simulators.values())
-    )
+
+    def stop() -> None:
+        stopped.set()
+        cancel(simulators.values())
+
+    found = together({name: partial(answers, name) for name in needed}, stop)
     by_trial = {key: replies for part in found.values() for key, replies in part.items()}
     return [
         _outcome(trial, {m: by_trial[i, m] for m in counts[i]}, seed)
@@ -115,7 +123,7 @@ def _outcome(
         for each, reply, whole in zip(trial.exemplars, replies, simulated, strict=True):
             if isinstance(reply, Failure):
                 lost = () if reply.asked is None else (reply.asked,)
-                why = Failure(f"{modality} simulation: {reply.reason}")
+                why = Failure(f"{modality} simulation: {reply.reason}", passing=reply.passing)
                 return Outcome(why, asked=(*asked, *lost))
             at = each.visual if modality == "visual" else each.text
             whole[at] = reply.values[at]
