@@ -35,7 +35,7 @@ def main() -> None:
     neurons = [n for c in CATEGORIES for n in kinds.select(c, p=p, n=given.neurons, seed=0)]
     more: dict[str, object] = {}
     if given.chat_model:
-        chat = nl.chat.OpenAIChat(given.chat_model, base_url=given.base_url)
+        chat = nl.chat.OpenAIChat(given.chat_model, base_url=given.base_url, key_env=given.key_env)
         more["explainer"] = nl.ChatExplainer(chat, images=given.shown)
     if given.chat_model and given.model is None:
         more["visual_simulator"] = nl.MaskSimulator(nl.AnnotationSegmenter())
@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="folder of the samples' images")
     parser.add_argument("--chat-model", help="explain and simulate by asking this model")
     parser.add_argument("--base-url", help="of a server other than OpenAI's")
+    parser.add_argument("--key-env", help="environment variable with that server's key")
     parser.add_argument("--shown", choices=("modulated", "raw"), default="modulated")
     return parser.parse_args()
 

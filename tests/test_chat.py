@@ -34,7 +34,7 @@ from neuronlens.chat import (
     Request,
     instruction,
 )
-from neuronlens.errors import BudgetError, ChatError
+from neuronlens.errors import BudgetError, ChatError, DataError
 from neuronlens.explanation import Failure
 from servers import chat_server
 
@@ -663,9 +663,9 @@ def test_the_key_is_in_no_error_record_log_or_file(serve, tmp_path, caplog, stat
 def test_secrets_in_the_address_are_not_shown():
     chat = OpenAIChat("tiny", base_url="http://me:hidden@127.0.0.1:9/v1?token=hidden", retries=0)
     assert "hidden" not in repr(chat)
-    (failed,) = chat.ask([question("What?")])
-    assert "127.0.0.1:9/v1" in failed.reason
-    assert "hidden" not in failed.reason
+    with pytest.raises(ChatError, match=r"127\.0\.0\.1:9/v1") as raised:
+        chat.ask([question("What?")])
+    assert "hidden" not in "".join(traceback.format_exception(raised.value))
 
 
 # Asked once.
@@ -1105,3 +1105,24 @@ def test_a_reply_that_is_no_answer_can_be_looked_at_and_is_asked_again(serve, tm
     answers = [chat.ask([pictured])[0] for _ in range(2)]
     assert isinstance(answers[-1], Reply)
     assert chat.replies.exchange(lost.asked).reply.text == answers[-1].text
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://no.such.host.invalid/v1"])
+def test_where_nobody_listens_the_run_ends_with_that(url):
+    chat = OpenAIChat("m", base_url=url, retries=1, slowest_retry=0.01)
+    with pytest.raises(ChatError, match=r"None of 3 requests was answered: no connection to http"):
+        chat.ask([question(number) for number in range(3)])
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "host/v1"])
+def test_an_address_of_another_kind_is_refused_at_once(url):
+    with pytest.raises(ValueError, match="begins with http"):
+        OpenAIChat("m", base_url=url)
+
+
+@pytest.mark.parametrize("content", [b"x", b"mine\n" * 1000])
+def test_a_file_of_another_kind_is_never_written_over(tmp_path, content):
+    (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(DataError, match="cannot serve as a store of replies"):
+        OpenAIChat("m", base_url="http://localhost/v1", replies=tmp_path / "mine.txt")
+    assert (tmp_path / "mine.txt").read_bytes() == content

@@ -113,6 +113,11 @@ class OpenAIChat(ChatModel):
         _one_of("detail", detail, get_args(Detail))
         self.options = dict(options or {})
         self._check_options(budget)
+        if base_url is not None and urlsplit(base_url).scheme not in ("http", "https"):
+            raise ValueError(
+                f"base_url={base_url!r} was given; it begins with http:// or https://, such as "
+                "http://localhost:8000/v1."
+            )
         super().__init__(
             model,
             replies=replies,

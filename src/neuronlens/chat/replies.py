@@ -142,6 +142,19 @@ def _turn(message: Message) -> Html:
     )
 
 
+def require_database(path: Path) -> None:
+    """Refuse a file that is no database: SQLite would write over a short one.
+
+    Raises:
+        sqlite3.DatabaseError: If it is something else.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(16)
+        if start and start != b"SQLite format 3\0":
+            raise sqlite3.DatabaseError("the file is no database")
+
+
 class ReplyStore:
     """Answers by the key of their request: what is in it is never asked again.
 
@@ -213,6 +226,7 @@ class ReplyStore:
         """Open the file for reading and writing, and make what is not there."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            require_database(self.path)
         self._connect(":memory:" if self.path is None else self.path)
         self._owned()
         # A killed process loses nothing that was committed in this mode, only a power cut may.

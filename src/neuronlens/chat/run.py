@@ -52,6 +52,8 @@ class Run:
         self._answers: dict[int, Reply | Failure] = {}
         self._asked: dict[str, asyncio.Future[Reply | Failure]] = {}
         self._lost = 0
+        self._why = "nothing was sent"
+        self._reached = False
         self._keeping: list[tuple[Answered, asyncio.Future[None]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -111,6 +113,11 @@ class Run:
                 # What is in flight was paid for: its answers are awaited and stored.
                 await asyncio.gather(*waiting, return_exceptions=True)
                 raise failed[0]
+        if self._lost and not self._reached:
+            raise ChatError(
+                f"None of {self._lost} requests was answered: {self._why}. Is the server up, and "
+                "the base_url that of its API, such as http://localhost:8000/v1?"
+            )
 
     async def _work(self, client: AsyncOpenAI) -> None:
         try:
@@ -164,7 +171,8 @@ class Run:
             try:
                 received = await self._received(client, asked)
             except PassingError as error:
-                return self._given_up(str(error))
+                self._why = str(error)
+                return self._given_up(self._why)
             except LastingError as error:
                 self._lost, received = 0, error.received
                 if received is None:
@@ -217,7 +225,7 @@ class Run:
                 f"with: {reason}. Is the server up? What was answered is stored: call again to "
                 "go on."
             )
-        return Failure(reason)
+        return Failure(reason, passing=True)
 
     async def _received(self, client: AsyncOpenAI, asked: Asked) -> StoredReply:
         """One reply, tried again while what goes wrong may pass."""
@@ -235,6 +243,7 @@ class Run:
 
         def pause(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
+            self._why = str(error)
             said = error.wait if isinstance(error, PassingError) else None
             return min(growing(state) if said is None else said, self._chat.slowest_retry)
 
@@ -257,7 +266,7 @@ class Run:
             async with asyncio.timeout(seconds):
                 await self._ending.wait()
         if self._ending.is_set():
-            raise PassingError("the run has ended")
+            raise PassingError(self._why)
 
     async def _once(
         self, client: AsyncOpenAI, asked: Asked, without: frozenset[str] = frozenset()
@@ -271,17 +280,22 @@ class Run:
             async with asyncio.timeout(chat.timeout):
                 # Half the time of chat.completions.create, which rebuilds every message and reply.
                 raw = await client.post("/chat/completions", body=body, cast_to=bytes)
-        except (openai.APITimeoutError, TimeoutError):
-            raise PassingError(f"no reply within {chat.timeout:g} s") from None
-        except openai.APIConnectionError as error:
-            why = type(error.__cause__).__name__ if error.__cause__ else "no connection"
-            raise PassingError(f"the connection to {chat.address} broke ({why})") from None
+        except (openai.APIConnectionError, TimeoutError) as error:
+            cause = type(error.__cause__).__name__
+            if cause in ("ConnectError", "ConnectTimeout"):
+                raise PassingError(f"no connection to {chat.address}") from None
+            self._reached = True
+            if isinstance(error, (openai.APITimeoutError, TimeoutError)):
+                raise PassingError(f"no reply within {chat.timeout:g} s") from None
+            raise PassingError(f"the connection to {chat.address} broke ({cause})") from None
         except openai.APIStatusError as error:
+            self._reached = True
             if error.status_code in (400, 422):
                 suspect = chat._suspect(asked, body, self._said(error))
                 if suspect is not None:
                     return await self._once(client, asked, without | {suspect})
             raise self._refusal(error) from None
+        self._reached = True
         try:
             value = json.loads(raw)
         except (ValueError, RecursionError):
@@ -313,7 +327,8 @@ class Run:
             )
         if status == 404:
             return ChatError(
-                f"{chat.address} knows no model {chat.name!r} or no chat completions (404): "
+                f"{chat.address} knows no model {chat.name!r} or no chat completions (404; a "
+                "base_url usually ends in /v1): "
                 f"{self._said(error)}"
             )
         return LastingError(f"the server refused the request ({status}): {self._said(error)}")

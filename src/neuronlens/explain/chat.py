@@ -148,7 +148,7 @@ class ChatExplainer:
     def settings(self) -> dict[str, object]:
         """What its explanations depend on, for a study's manifest."""
         return {
-            "model": getattr(self.chat, "name", type(self.chat).__name__),
+            "model": getattr(self.chat, "identity", type(self.chat).__name__),
             "prompt": PROMPT_VERSION,
             "images": self.images,
             "contrast": self.contrast,

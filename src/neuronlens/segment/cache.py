@@ -163,6 +163,13 @@ class _InFile:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"The folder {path.parent} cannot be made: {error}.") from error
+        with path.open("ab+") as file:  # SQLite would write over a short file of another kind
+            file.seek(0)
+            start = file.read(16)
+        if start and start != b"SQLite format 3\0":
+            raise OutputError(
+                f"The cache of masks {path} cannot be used: it is no database. Name another file."
+            )
         with self._open() as database:
             database.execute(self.TABLE)
             database.execute("SELECT segmenter, image, phrase, png FROM masks LIMIT 1")

@@ -92,7 +92,7 @@ class ChatSimulator:
     def settings(self) -> dict[str, object]:
         """What its predictions depend on, for a study's manifest."""
         return {
-            "model": getattr(self.chat, "name", type(self.chat).__name__),
+            "model": getattr(self.chat, "identity", type(self.chat).__name__),
             "prompt": PROMPT_VERSION,
             "worked": self.worked,
         }
