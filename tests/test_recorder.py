@@ -1010,9 +1010,7 @@ class Silent:
 def test_a_stopped_forward_keeps_nothing_alive(vlm, asked):
     alive = []
     module = vlm.model.get_submodule("model.language_model.layers.0")
-    hook = module.register_forward_pre_hook(
-        lambda _m, args: alive.append(weakref.ref(args[0]))
-    )
+    hook = module.register_forward_pre_hook(lambda _m, args: alive.append(weakref.ref(args[0])))
     gc.collect()
     gc.disable()
     try:
