@@ -17,7 +17,17 @@ nox.options.error_on_missing_interpreters = True
 MODEL = ["torch", "torchvision", "transformers"]
 TESTS = [
     # With pytest 9.2, pytest-xdist 3.8 loses the groups that share an expensive set-up.
-    *("pytest<9.2", "pytest-xdist", "hypothesis", "scipy", "sam2", "fastapi", "uvicorn", "rich"),
+    *(
+        "pytest<9.2",
+        "pytest-xdist",
+        "hypothesis",
+        "scipy",
+        "sam2",
+        "fastapi",
+        "uvicorn",
+        "rich",
+        "requests",
+    ),
     *("accelerate", "bitsandbytes", "datasets", "scikit-image", "scikit-learn", "timm"),
 ]
 DOCS = ["sphinx", "myst-nb", "furo", "ipykernel", "nbconvert"]

@@ -318,13 +318,14 @@ def test_simulations_through_a_cache_are_those_without(segmenter, vlm, scenes, l
 
 
 def test_a_grounded_segmenter_is_kept_by_both_its_parts(place):
-    cached = CachedSegmenter(tiny.grounded(0.88), place)
+    some = tiny.telling(tiny.grounding_dino(), WIDE, PHRASES)
+    cached = CachedSegmenter(tiny.grounded(some), place)
     assert isinstance(cached.segmenter, GroundedSegmenter)
     dino, sam2 = cached.segmenter.detector.model, cached.segmenter.masker.model
     with tiny.forwards(dino) as detected, tiny.forwards(sam2.vision_encoder) as encoded:
         first = cached.segment(tiny.sample(WIDE), 0, PHRASES)
         np.testing.assert_array_equal(cached.segment(tiny.sample(WIDE), 0, PHRASES), first)
         assert (detected, encoded) == ([3], [1])
-        cached.segmenter.detector.threshold = 0.8
+        cached.segmenter.detector.threshold = some / 2
         assert cached.segment(tiny.sample(WIDE), 0, PHRASES).sum() > first.sum()
         assert (len(detected), len(encoded)) == (2, 2)

@@ -6,6 +6,7 @@ import string
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -264,3 +265,18 @@ def grounded(threshold: float, seed: int = 0, **more) -> segment.GroundedSegment
         segment.GroundingDino(*grounding_dino(seed), threshold=threshold, **more),
         segment.Sam2(*sam2(seed)),
     )
+
+
+def scores(dino, image: Image.Image, phrase: str) -> list[float]:
+    """How sure the detector is of each of its boxes for a phrase, falling."""
+    model, processor = dino
+    inputs = processor(images=image, text=[[phrase]], return_tensors="pt")
+    with torch.no_grad():
+        found = model(**inputs).logits.amax(-1).sigmoid()[0]
+    return sorted(found.tolist(), reverse=True)
+
+
+def telling(dino, image: Image.Image, phrases) -> float:
+    """A threshold that some of the phrases pass and some do not, whatever the random weights."""
+    best = sorted(scores(dino, image, phrase)[0] for phrase in phrases)
+    return max((upper - lower, (upper + lower) / 2) for lower, upper in pairwise(best))[1]

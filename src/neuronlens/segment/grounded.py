@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from threading import Lock
 from typing import Protocol
 
@@ -133,29 +133,3 @@ class GroundedSegmenter:
 
     def __repr__(self) -> str:
         return self.name
-
-
-def unite(
-    boxes: Sequence[Float[np.ndarray, "box 4"]],
-    image: Image.Image,
-    fill: Callable[[Float[np.ndarray, "some 4"]], Bool[np.ndarray, "some height width"]],
-    batch_size: int,
-) -> Bool[np.ndarray, "phrase height width"]:
-    """The union of each phrase's masks, made a batch of boxes at a time.
-
-    A batch may hold boxes of several phrases. Never more than one batch of masks is kept.
-
-    Args:
-        boxes: By phrase.
-        image: Gives the size of the masks.
-        fill: Makes the masks of a batch of boxes.
-        batch_size: Boxes at a time.
-    """
-    united = np.zeros((len(boxes), image.height, image.width), np.bool_)
-    flat = np.concatenate([np.zeros((0, 4), np.float32), *boxes])
-    owners = np.repeat(np.arange(len(boxes)), [len(each) for each in boxes])
-    for start in range(0, len(flat), batch_size):
-        some = slice(start, start + batch_size)
-        for owner, mask in zip(owners[some], fill(flat[some]), strict=True):
-            united[owner] |= mask
-    return united

@@ -18,7 +18,7 @@ from neuronlens.segment.checkpoint import (
     require_torchvision,
     settle,
 )
-from neuronlens.segment.grounded import unite
+from neuronlens.segment.segmenter import unite
 
 if TYPE_CHECKING:
     from transformers import Sam2Model, Sam2Processor

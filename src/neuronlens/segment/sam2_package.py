@@ -15,7 +15,7 @@ from torch import nn
 
 from neuronlens.errors import MissingSegmenterError
 from neuronlens.segment.checkpoint import at_least_one, describe, require_eval, settle
-from neuronlens.segment.grounded import unite
+from neuronlens.segment.segmenter import unite
 
 _SOURCE = "https://github.com/facebookresearch/sam2"
 
