@@ -24,7 +24,7 @@ class Summary(BaseModel):
         mean: Of the defined scores, constant predictions counted as 0; None without any.
         neurons: How many are in the mean.
         constant_predictions: How many sides were counted as 0.
-        undefined: How many neurons were left out, their truth being constant.
+        undefined: How many neurons were left out: constant truth, no tokens, or not finite.
         interval: Of `mean`.
         null: Mean over neurons with a null of each one's mean null; None without any.
         null_neurons: How many are in `null`.

@@ -116,7 +116,8 @@ def explain_neurons(
         seed: Of all draws.
         batch_size: Samples per forward.
         chunk: Neurons that are simulated together, and then written.
-        retry_failed: Whether neurons that failed in an earlier run are tried again.
+        retry_failed: Whether neurons that failed in an earlier run are tried again. Their new
+            explanations may serve as nulls from then on; nulls that are written stay.
         progress: Whether to show bars, with the cost so far.
 
     Source: P1, sections 3.3 and 4.6. Choosing the best of several explanations is ours.
