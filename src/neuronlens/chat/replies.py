@@ -159,7 +159,8 @@ class ReplyStore:
     """Answers by the key of their request: what is in it is never asked again.
 
     Every answer is written before its place among the requests in flight is free again, so a
-    killed process loses no more than those. Several threads and processes of one machine may share a file.
+    killed process loses no more than those. Several threads and processes of one machine may
+    share a file.
 
     Args:
         path: The file, made if there is none; None keeps the answers in memory.
