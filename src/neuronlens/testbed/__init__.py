@@ -25,7 +25,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from neuronlens.testbed.asking import questions
 from neuronlens.testbed.build import untrained
+from neuronlens.testbed.crops import photographs, source_of
 from neuronlens.testbed.files import scenes, shuffled, write
 from neuronlens.testbed.planting import SHIPPED, PlantedNeuron, Spec, graft, plant
 from neuronlens.testbed.world import COLOURS, CONCEPTS, SHAPES, SIZES, TEXTURES
@@ -89,9 +91,12 @@ __all__ = [
     "Testbed",
     "graft",
     "load",
+    "photographs",
     "plant",
+    "questions",
     "scenes",
     "shuffled",
+    "source_of",
     "training",
     "untrained",
     "write",
