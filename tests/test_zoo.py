@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -146,13 +146,17 @@ def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return out.logits if getattr(out, "logits", None) is not None else out[0]
 
 
-def _ablated(model: nn.Module, expected: Expected, index: int, expert: int) -> Iterator[None]:
-    """The weights with one column of the down projection zeroed."""
+def _ablated(
+    model: nn.Module, expected: Expected, index: int, expert: int, factor: float = 0
+) -> Iterator[None]:
+    """The weights with one column of the down projection multiplied, by 0 or another factor."""
     if isinstance(expected, Routed):
         block = model.get_submodule(expected.block)
         kept = {k: v.detach().clone() for k, v in block.state_dict().items()}
         with torch.no_grad():
             expected.zero(block, expert, index)
+            for name, value in block.state_dict().items():
+                value += factor * (kept[name] - value)
         yield
         block.load_state_dict(kept)
         return
@@ -161,9 +165,9 @@ def _ablated(model: nn.Module, expected: Expected, index: int, expert: int) -> I
     kept = weight.detach().clone()
     with torch.no_grad():
         if type(module).__name__ == "Conv1D":
-            weight[index] = 0
+            weight[index] *= factor
         else:
-            weight[:, index] = 0
+            weight[:, index] *= factor
     yield
     with torch.no_grad():
         weight.copy_(kept)
@@ -187,7 +191,10 @@ def _check_deactivation(
         else:
             values = out
         index = int(values.abs().reshape(-1, site.width).amax(0).argmax())
-        with nl.deactivate(adapter, nl.NeuronId(site.name, index, expert)):
+        neuron = nl.NeuronId(site.name, index, expert)
+        with pytest.warns(UserWarning, match=site.name) if site.inert else nullcontext():
+            off = nl.deactivate(adapter, neuron)
+        with off:
             without = _logits(model, inputs)
         assert torch.equal(_logits(model, inputs), plain), site.name
         changed = not torch.equal(without, plain)
@@ -198,6 +205,139 @@ def _check_deactivation(
         for _ in _ablated(model, expected, index, expert or 0):
             edited = _logits(model, inputs)
         torch.testing.assert_close(without, edited, rtol=1e-3, atol=2e-4, msg=site.name)
+
+
+@contextmanager
+def _set_by_hand(
+    model: nn.Module, expected: Expected, index: int, expert: int, value: float
+) -> Iterator[None]:
+    """One activation set: what the down projection is given of it is in proportion to it."""
+    with ExitStack() as stack:
+        if isinstance(expected, Dense):
+            seen: list[Tensor] = []
+
+            def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+                act = expected.act(_before(model, expected.before, (args, {}, out)))
+                seen.append(act if act.shape[-1] == expected.width else act.movedim(1, -1))
+
+            def write(module: nn.Module, args: Any) -> Any:
+                given = args[0].clone()
+                view = given if given.shape[-1] == expected.width else given.movedim(1, -1)
+                act = seen.pop()[..., index].reshape(view.shape[:-1])
+                is_act = torch.isclose(view[..., index], act, rtol=1e-5, atol=0)
+                assert (act[~is_act] != 0).all()
+                view[..., index] = torch.where(is_act, value, value * view[..., index] / act)
+                return (given, *args[1:])
+
+            before, down = (model.get_submodule(p) for p in (expected.before, expected.down))
+            stack.callback(before.register_forward_hook(keep).remove)
+            stack.callback(down.register_forward_pre_hook(write).remove)
+            yield
+            return
+
+        def differ(block: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+            given = [*args, *kwargs.values()]
+            routed = expected.routing(args, kwargs) if expected.routing else given[:2]
+            x = routed[0].reshape(-1, routed[0].shape[-1])
+            sent = (routed[1].reshape(len(x), -1) == expert).any(1)
+            for _ in _ablated(model, expected, index, expert):
+                without = block.forward(*args, **kwargs)
+            new = out.clone()
+            rows = new.reshape(-1, new.shape[-1])
+            act = expected.act(block, x[sent], expert)[:, index, None]
+            at = torch.arange(len(x))[sent]
+            if len(rows) == len(x) * expected.experts:  # every token runs through every expert
+                at = at + expert * len(x)
+            written = (out - without).reshape(rows.shape)[at]
+            rows[at] += written * (value / act - 1)
+            return new
+
+        block = model.get_submodule(expected.block)
+        stack.callback(block.register_forward_hook(differ, with_kwargs=True).remove)
+        yield
+
+
+def _check_other_changes(
+    adapter: nl.ModelAdapter,
+    matched: list[tuple[Expected, nl.NeuronSite]],
+    inputs: Mapping[str, Any],
+    activations: Mapping[str, Any],
+) -> None:
+    """Multiplying is multiplying a column; setting is another activation in its place."""
+    model, tried = adapter.model, set()
+    for expected, site in matched:
+        kind = (type(expected), type(adapter.tap(site)), expected.module)
+        edits = expected.zero if isinstance(expected, Routed) else expected.down
+        if edits is None or expected.inert or kind in tried:
+            continue
+        tried.add(kind)
+        out, expert = activations[site.name], None
+        if isinstance(out, RoutedActivations):
+            expert = int(out.expert[out.expert >= 0].flatten()[0])
+            values = out.dense()[..., expert, :].reshape(-1, site.width)
+            values = values[~values.isnan().any(1)]
+        else:
+            values = out.reshape(-1, site.width)
+        # One that is nowhere almost 0: the test divides by it.
+        index = int(values.abs().amin(0).argmax())
+        value = 1.5 * float(values[:, index].abs().mean()) + 0.1
+        neuron = nl.NeuronId(site.name, index, expert)
+        for _ in _ablated(model, expected, index, expert or 0, -2.0):
+            wanted = _logits(model, inputs)
+        with nl.amplify(adapter, neuron, -2.0):
+            found = _logits(model, inputs)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=3e-4, msg=site.name)
+        block = model.get_submodule(expected.block) if isinstance(expected, Routed) else None
+        is_gated = block is not None or getattr(adapter.tap(site), "gated", True)
+        if hasattr(block, "post_expert_norm") or (is_gated and values[:, index].abs().min() == 0):
+            continue  # what is written is not in proportion, or it is not known to what
+        with _set_by_hand(model, expected, index, expert or 0, value):
+            wanted = _logits(model, inputs)
+        with nl.set_to(adapter, neuron, value):
+            found = _logits(model, inputs)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=5e-4, msg=site.name)
+
+
+def _check_parts_of_the_batch(
+    entry: Entry,
+    adapter: nl.ModelAdapter,
+    inputs: Mapping[str, Any],
+    activations: Mapping[str, Any],
+    maps: Mapping[str, nl.TokenMap],
+) -> None:
+    """Each role's tokens in turn are all tokens; each sample is changed by itself."""
+    model, streams, values = adapter.model, set(), {}
+    for site in adapter.sites.values():
+        out = activations[site.name]
+        if site.inert or site.stream in streams or isinstance(out, RoutedActivations):
+            continue
+        streams.add(site.stream)
+        index = int(out.reshape(-1, site.width).abs().amax(0).argmax())
+        values[site.neuron(index)] = float(out[..., index].max()) + 1
+    real = maps[adapter.answer_stream].role != nl.Role.PAD
+    plain = _logits(model, inputs)
+    if real.shape != plain.shape[:2]:
+        real = torch.ones(plain.shape[:2], dtype=torch.bool)
+    texts = {"language", adapter.answer_stream}
+    change = nl.set_to(adapter, list(values), values)
+    with change:
+        everywhere = _logits(model, inputs)
+    close = {"rtol": 1e-3, "atol": 3e-4, "msg": f"{entry.name}: {list(values)}"}
+    # Padding of an image is no role's, and may matter.
+    padded = {s for s in streams if (maps[s].role == nl.Role.PAD).any() and s not in texts}
+    whole = [neuron for neuron in values if adapter.site(neuron.site).stream not in padded]
+    with nl.set_to(adapter, whole, values):
+        wanted = _logits(model, inputs)
+    with ExitStack() as stack:
+        for role in ("visual", "text", "special"):
+            stack.enter_context(nl.set_to(adapter, whole, values, roles=role))
+        by_role = _logits(model, inputs)
+    torch.testing.assert_close(by_role[real], wanted[real], **close)
+    for sample, others in ((0, [change, None]), (1, [None, change])):
+        with nl.by_sample(adapter, others):
+            found = _logits(model, inputs)
+        torch.testing.assert_close(found[sample], everywhere[sample], **close)
+        torch.testing.assert_close(found[1 - sample], plain[1 - sample], **close)
 
 
 def _first_input(entry: Entry, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -412,4 +552,6 @@ def test_architecture(name: str) -> None:
     if entry.mixers or entry.spatial == "region":
         _check_boxes(entry, adapter, images, maps, matched)
     _check_deactivation(adapter, matched, inputs, recorder.activations)
+    _check_other_changes(adapter, matched, inputs, recorder.activations)
+    _check_parts_of_the_batch(entry, adapter, inputs, recorder.activations, maps)
     _check_down_input(entry, model, inputs)

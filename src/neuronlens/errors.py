@@ -36,6 +36,10 @@ class CaptureError(NeuronLensError, RuntimeError):
     """Activations could not be read as promised: a hook did not fire, or fired out of turn."""
 
 
+class InterventionError(NeuronLensError, ValueError):
+    """An intervention that makes no sense, or not for the batch it is used on."""
+
+
 class SampleError(NeuronLensError, ValueError):
     """One sample cannot be used.
 

@@ -48,6 +48,23 @@ class Point:
     calls: int = 1
 
 
+def is_only_ours(call: Call) -> bool:
+    """Whether a hook may write into a call's output, instead of into a copy of it.
+
+    Not where autograd may need it, where it is what the module was given, where another hook
+    has seen it, or where a module inside gave it.
+    """
+    out: Tensor = call.out
+    if out.requires_grad or out.is_inference() != torch.is_inference_mode_enabled():
+        return False
+    given = [each for each in (*call.args, *call.kwargs.values()) if isinstance(each, Tensor)]
+    here = out.untyped_storage().data_ptr()
+    if any(each.untyped_storage().data_ptr() == here for each in given):
+        return False
+    hooks = len(call.module._forward_hooks) + len(nn.modules.module._global_forward_hooks)
+    return out.is_contiguous() and hooks <= 1 and next(call.module.children(), None) is None
+
+
 @contextmanager
 def attached(
     points: Mapping[str, Sequence[Point]], may_be_left_out: Container[str] = ()
@@ -157,41 +174,93 @@ def watched(model: nn.Module, before: CallHook, after: Callable[[], None]) -> It
 def overheard(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     """Write down the images `generate()` encodes before it calls the model.
 
-    It calls `get_image_features` of the base model, which is no module; so the instance is
-    given a method of that name that listens, and loses it when the block ends.
+    It calls `get_image_features` of the base model.
 
     Args:
         model: The model.
         inputs: Takes the named arguments.
     """
     base: Any = getattr(model, "base_model", model)
-    depth = 0
 
-    def listening(method: Any) -> Any:
-        @functools.wraps(method)
-        def listen(*args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            if depth == 0:  # some encode a video by calling the method for images
-                bound = inspect.signature(method).bind_partial(*args, **kwargs).arguments
-                named = bound | bound.pop("kwargs", {})
-                inputs.update(
-                    {k: v for k, v in named.items() if isinstance(v, (Tensor, list, tuple))}
-                )
-            depth += 1
-            try:
-                return method(*args, **kwargs)
-            finally:
-                depth -= 1
-
-        return listen
+    def hear(named: dict[str, Any]) -> None:
+        inputs.update({k: v for k, v in named.items() if isinstance(v, (Tensor, list, tuple))})
 
     with ExitStack() as stack:
         for name in ("get_image_features", "get_video_features"):
-            method = getattr(base, name, None)
-            if method is not None and name not in vars(base):
-                vars(base)[name] = listening(method)
-                stack.callback(vars(base).pop, name, None)
+            stack.enter_context(_listening(base, name, hear))
         yield
+
+
+@contextmanager
+def generating(model: nn.Module, before: CallHook, after: Callable[[], None]) -> Iterator[None]:
+    """Call `before` with the named arguments of every `generate()`, and `after` it has ended."""
+    with _listening(model, "generate", before, after):
+        yield
+
+
+class _Listeners:
+    """Who listens to the calls of one method: what to do before, and after."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.all: list[tuple[CallHook, Callable[[], None]]] = []
+        self.depth = 0
+        self._method = method
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        told = []
+        if self.depth == 0:  # some encode a video by calling the method for images
+            signature = inspect.signature(self._method)
+            named = dict(signature.bind_partial(*args, **kwargs).arguments)
+            for parameter in signature.parameters.values():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    named |= named.pop(parameter.name, {})
+            told = list(self.all)
+            for before, _ in told:
+                before(dict(named))
+        self.depth += 1
+        try:
+            return self._method(*args, **kwargs)
+        finally:
+            self.depth -= 1
+            for _, after in told:
+                after()
+
+
+_listened: dict[tuple[int, str], _Listeners] = {}
+"""By object and name of the method, who listens at the moment."""
+
+
+@contextmanager
+def _listening(
+    owner: Any, name: str, before: CallHook, after: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Listen to a method that is no module.
+
+    The instance is given a method of that name, and loses it when nobody listens any more. One
+    that has a method of its own already is left alone.
+    """
+    key = id(owner), name
+    if key not in _listened:
+        method = getattr(owner, name, None)
+        if method is None or name in vars(owner):
+            yield
+            return
+        listeners = _listened[key] = _Listeners(method)
+
+        @functools.wraps(method)
+        def listen(*args: Any, **kwargs: Any) -> Any:
+            return listeners.call(*args, **kwargs)
+
+        vars(owner)[name] = listen
+    mine = before, after
+    _listened[key].all.append(mine)
+    try:
+        yield
+    finally:
+        _listened[key].all.remove(mine)
+        if not _listened[key].all:
+            del _listened[key]
+            vars(owner).pop(name, None)
 
 
 @contextmanager

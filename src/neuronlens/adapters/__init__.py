@@ -5,6 +5,7 @@ What the adapter of another family is written with is here; see docs/adapters.md
 
 from neuronlens.adapters import families as _families  # noqa: F401 - registers them
 from neuronlens.adapters.base import ModelAdapter, SiteSelection, adapt, get, register
+from neuronlens.adapters.change import Change, Edit, Rows
 from neuronlens.adapters.decoding import Decoding
 from neuronlens.adapters.discover import Block, feed_forward_blocks, special_block
 from neuronlens.adapters.family import FamilyAdapter
@@ -28,7 +29,6 @@ from neuronlens.adapters.grids import (
 from neuronlens.adapters.structural import StructuralAdapter
 from neuronlens.adapters.taps import (
     ActOutput,
-    Change,
     DownInput,
     Experts,
     Functional,
@@ -42,6 +42,7 @@ __all__ = [
     "Change",
     "Decoding",
     "DownInput",
+    "Edit",
     "Experts",
     "FamilyAdapter",
     "Functional",
@@ -51,6 +52,7 @@ __all__ = [
     "NeuronKind",
     "Piece",
     "Placement",
+    "Rows",
     "Seen",
     "SiteSelection",
     "StructuralAdapter",

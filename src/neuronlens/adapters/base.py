@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from typing import Any, TypeVar, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from packaging.requirements import Requirement
 from torch import Tensor, nn
 
+from neuronlens.adapters.change import Change
 from neuronlens.adapters.decoding import Decoding, decoding_of
 from neuronlens.adapters.grids import ImageSize
 from neuronlens.adapters.taps import ActOutput, NeuronKind, Tap, weights_here
@@ -26,6 +28,9 @@ from neuronlens.tokens import Role, TokenMap
 
 SiteSelection = str | NeuronSite | Iterable[str | NeuronSite] | None
 """A module, a site's name, a site, several of these, or None for every site."""
+
+
+_changes: WeakKeyDictionary[nn.Module, dict[str, list[Change]]] = WeakKeyDictionary()
 
 
 class ModelAdapter(ABC):
@@ -43,7 +48,7 @@ class ModelAdapter(ABC):
             up projection's, or the output where there is none.
         taps: How each site is read, by its name; the output of the module at its path if
             it is not there.
-        changed: Neurons that are deactivated at the moment.
+        changes: By site, what is in force at the moment, in the order of entering.
         max_tokens: How many tokens the model takes; None if that is not known.
         text_input: Name of the inputs that hold the language stream's token ids.
         growing: Streams that generation adds tokens to.
@@ -72,7 +77,8 @@ class ModelAdapter(ABC):
         self.processor = processor
         self.neuron_kind: NeuronKind = neuron
         self.taps: dict[str, Tap] = {}
-        self.changed: set[NeuronId] = set()
+        # Two adapters of one model know of each other's.
+        self.changes = _changes.setdefault(model, {})
         self._config: Any = model.config
         text = getattr(self._config, "get_text_config", lambda: self._config)()
         self.max_tokens = getattr(text, "max_position_embeddings", None)
@@ -175,6 +181,17 @@ class ModelAdapter(ABC):
     def tap(self, site: NeuronSite) -> Tap:
         """How the site's activations are read and written."""
         return self.taps.get(site.name) or ActOutput(site.path)
+
+    @property
+    def changed(self) -> set[NeuronId]:
+        """The neurons that interventions change at the moment."""
+        return {
+            NeuronId(site, index, expert)
+            for site, changes in self.changes.items()
+            for change in changes
+            for expert in change.experts
+            for index in change.columns(expert, torch.device("cpu")).tolist()
+        }
 
     def text_roles(
         self, ids: Int[Tensor, "batch token"], attention: Tensor | None = None

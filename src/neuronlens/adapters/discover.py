@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from neuronlens.adapters.gates import expert_width
 from neuronlens.adapters.taps import (
     CHANNELS_FIRST,
     LAST,
@@ -16,7 +17,6 @@ from neuronlens.adapters.taps import (
     DownInput,
     Experts,
     Tap,
-    expert_width,
 )
 
 _GATES = (nn.Tanh, nn.Sigmoid, nn.Softmax, nn.LogSoftmax)

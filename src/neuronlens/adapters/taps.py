@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from neuronlens.activations import Activation, Routed
+from neuronlens.adapters.change import Change
+from neuronlens.adapters.gates import (
+    GateFunction,
+    ProductFunction,
+    expert_in,
+    expert_out,
+    expert_width,
+    gate_of,
+    product,
+    product_of,
+    some_out,
+    takes_columns,
+)
 from neuronlens.errors import AdapterError
-from neuronlens.hooks import Call, Point
+from neuronlens.hooks import Call, Point, is_only_ours
 
 NeuronKind = Literal["act_fn", "down_input"]
 """What is called a neuron's activation: the act_fn output, or what the down projection takes."""
 
 See = Callable[[Activation], None]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What to make of some neurons' act_fn outputs.
-
-    Attributes:
-        to: From the values `[*axes, changed neuron]` to the new ones.
-        neurons: Which are changed, by expert; under None where the block is dense.
-    """
-
-    to: Callable[[Tensor], Tensor]
-    neurons: Mapping[int | None, Int[Tensor, " neuron"]]
-
-    def on(self, device: torch.device, expert: int | None = None) -> Int[Tensor, " neuron"]:
-        """The changed neurons of a block, or of one expert, on a device; sent there once."""
-        return self._sent((expert, device))
-
-    @cached_property
-    def _sent(self) -> Callable[[tuple[int | None, torch.device]], Tensor]:
-        return cache(lambda key: self.neurons[key[0]].to(key[1]))
 
 
 class Tap(Protocol):
@@ -57,7 +48,11 @@ class Tap(Protocol):
         ...
 
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
-        """Where to attach so that some act_fn outputs are changed before they are used."""
+        """Where to attach so that some act_fn outputs are changed before they are used.
+
+        Raises:
+            AdapterError: If they cannot be changed in that way.
+        """
         ...
 
 
@@ -78,13 +73,6 @@ EXPERTS_FIRST = Layout(
     lambda new, shape: new.unflatten(1, (shape[0], shape[2])).transpose(0, 1),
 )
 """`[expert, token, neuron]` of experts that all tokens run through: made `[token, neuron]`."""
-
-
-def _changed(values: Tensor, change: Change) -> Tensor:
-    index = change.on(values.device)
-    new = values.clone()
-    new[..., index] = change.to(values[..., index])
-    return new
 
 
 @dataclass(frozen=True)
@@ -119,11 +107,16 @@ class ActOutput:
         return [self._point(model, lambda call: see(self.layout.arrange(call.out)))]
 
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
-        """Replaces the module's output."""
+        """Replaces the module's output, or writes into it where nobody else has it."""
 
         def write(call: Call) -> Tensor:
-            new = _changed(self.layout.arrange(call.out), change)
-            return self.layout.restore(new, call.out.shape)
+            out: Tensor = call.out
+            if not is_only_ours(call):
+                out = out.clone()
+            values = self.layout.arrange(out)
+            change.begin(values.numel() // values.shape[-1])
+            new = change.within(values)
+            return self.layout.restore(new, out.shape)
 
         return [self._point(model, write)]
 
@@ -158,9 +151,9 @@ class DownInput:
         """Replaces the projection's input."""
 
         def write(call: Call) -> Tensor:
-            given: Tensor = _first(call)
-            new = _changed(self.layout.arrange(given), change)
-            return self.layout.restore(new, given.shape)
+            given: Tensor = _first(call).clone()
+            change.begin(given.numel() // self.layout.arrange(given).shape[-1])
+            return self.layout.restore(change.within(self.layout.arrange(given)), given.shape)
 
         return [Point(model.get_submodule(self.path), write, before=True)]
 
@@ -208,66 +201,29 @@ class Functional:
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
         """Replaces some columns of the down projection's input."""
         seen: dict[str, Tensor] = {}
+        whole = self.product is not _plain_product
 
         def keep(name: str, call: Call) -> None:
             seen[name] = call.out
 
         def write(call: Call) -> Tensor:
             before, up = seen.pop("before"), seen.pop("up", None)
-            act = _changed(self.act(before), change)
-            index = change.on(act.device)
-            new: Tensor = _first(call).clone()
-            new[..., index] = self.product(act, before, up)[..., index].to(new.dtype)
-            return new
+            given: Tensor = _first(call)
+            change.begin(given.numel() // given.shape[-1])
+            at = change.columns(None, given.device)
+            if not whole:  # the function and the product take each neuron by itself
+                before = before.index_select(-1, at)
+                up = None if up is None else up.index_select(-1, at)
+            act = change.earlier(self.act(before), whole=whole)
+            product = self.product(change.later(act, whole=whole), before, up)
+            if whole:
+                product = product.index_select(-1, at)
+            return given.index_copy(-1, at, product.to(given.dtype))
 
         points = [Point(model.get_submodule(self.before), partial(keep, "before"))]
         if self.up is not None:
             points.append(Point(model.get_submodule(self.up), partial(keep, "up")))
         return [*points, Point(model.get_submodule(self.down), write, before=True)]
-
-
-GateFunction = Callable[[nn.Module, Tensor], Tensor]
-"""From a block of experts and its gate-and-up projections to the act_fn output."""
-
-
-def _clamped_swish(block: Any, gate_up: Tensor) -> Tensor:
-    gate = gate_up.chunk(2, dim=-1)[0].clamp(max=block.swiglu_limit)
-    return gate * torch.sigmoid(gate * block.swiglu_alpha)
-
-
-def _interleaved_swish(block: Any, gate_up: Tensor) -> Tensor:
-    gate = gate_up[..., ::2].clamp(max=block.limit)
-    return gate * torch.sigmoid(gate * block.alpha)
-
-
-def _clamped_silu(block: Any, gate_up: Tensor) -> Tensor:
-    return F.silu(gate_up.chunk(2, dim=-1)[0].clamp(max=block.swiglu_limit))
-
-
-def _both_halves(block: Any, gate_up: Tensor) -> Tensor:
-    # Its act_fn takes gate and up together: what it gives is already their capped product.
-    out: Tensor = block.act_fn(*gate_up.chunk(2, dim=-1))
-    return out
-
-
-def _first_half(block: Any, gate_up: Tensor) -> Tensor:
-    out: Tensor = block.act_fn(gate_up.chunk(2, dim=-1)[0])
-    return out
-
-
-def _whole_input(block: Any, up: Tensor) -> Tensor:
-    out: Tensor = block.act_fn(up)
-    return out
-
-
-GATES: dict[str, GateFunction] = {
-    "GptOssExperts": _interleaved_swish,
-    "MiniMaxM3VLExperts": _clamped_swish,
-    "Glm5NextTextExperts": _clamped_silu,
-    "Inkling2Experts": _both_halves,
-    "Step3p7Experts": _first_half,  # clamps what its act_fn gives
-}
-"""Experts, by class name, whose gate is not `act_fn(first half) * second half`."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +243,7 @@ class Experts:
     def reading(self, model: nn.Module, see: See, kind: NeuronKind) -> list[Point]:
         """Before the block runs."""
         block: Any = _readable(model, self.path)
-        gate = _gate_of(block) if kind == "act_fn" else _product
+        gate = gate_of(block) if kind == "act_fn" else product
 
         def look(call: Call) -> None:
             x, expert, _ = _routing(call)
@@ -299,35 +255,67 @@ class Experts:
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
         """Adds the difference that the change makes to the block's output."""
         block: Any = _readable(model, self.path)
-        gate = _gate_of(block)
+        product = product_of(block, change.keeps_zero)
 
         def write(call: Call) -> Tensor:
             x, expert, weight = _routing(call)
-            out: Tensor = call.out.clone()
+            out: Tensor = call.out if is_only_ours(call) else call.out.clone()
             flat = out.reshape(-1, out.shape[-1])
-            with weights_here(block):
-                for number in change.neurons:
-                    if number is None:
-                        continue
-                    token, chosen = (expert == number).nonzero(as_tuple=True)
-                    if len(token) == 0:
-                        continue
-                    at = change.on(out.device, number)
-                    projected = _in(block, x[token], number)
-                    product, act = _product(block, projected), gate(block, projected)
-                    old, new = act[:, at], change.to(act[:, at])
-                    changed = product.clone()
-                    # The product is linear in the activation. An activation of 0 stays 0: what
-                    # it would be multiplied with is not known.
-                    share = torch.where(old == 0, torch.zeros_like(old), new / old)
-                    changed[:, at] = product[:, at] * share
-                    difference = _out(block, changed, number) - _out(block, product, number)
-                    flat.index_add_(
-                        0, token, (difference * weight[token, chosen, None]).to(out.dtype)
-                    )
+            change.begin(len(x))
+            self.add_difference(block, change, product, (x, expert, weight), flat)
             return flat.reshape(out.shape)
 
         return [Point(block, write)]
+
+    def product(self, model: nn.Module, change: Change) -> ProductFunction:
+        """What a change needs to know of the block: what multiplies its activations.
+
+        Raises:
+            AdapterError: If that is not known, and the change may raise an activation of 0.
+        """
+        return product_of(_readable(model, self.path), change.keeps_zero)
+
+    @staticmethod
+    def add_difference(
+        block: Any,
+        change: Change,
+        product: ProductFunction,
+        routed: tuple[Tensor, Tensor, Tensor],
+        out: Float[Tensor, "row hidden"],
+        place: Int[Tensor, " row"] | None = None,
+    ) -> None:
+        """Add what a change makes of the block's output to `out`.
+
+        Args:
+            block: The module.
+            change: That has begun.
+            product: As `product` gives it.
+            routed: What the block is given: tokens, their experts, their weights.
+            out: What it is added to.
+            place: Which of the site's rows the tokens are; all, in order, for None.
+        """
+        x, expert, weight = routed
+        gate, chosen = gate_of(block), expert.shape[1]
+        takes_some = takes_columns(block)
+        with weights_here(block):
+            places = _places(expert, int(block.num_experts))
+            for number in change.experts:
+                if number is None or len(places[number]) == 0:
+                    continue
+                token = places[number] // chosen
+                row = token if place is None else place[token]
+                at = change.columns(number, out.device)
+                projected = expert_in(block, x[token], number, at if takes_some else None)
+                how: dict[str, Any] = {"whole": not takes_some, "token": row}
+                before = change.earlier(gate(block, projected), number, **how)
+                after = change.later(before, number, **how)
+                old, new = (product(block, each, projected) for each in (before, after))
+                if takes_some:
+                    difference = some_out(block, new - old, number, at)
+                else:
+                    difference = expert_out(block, new, number) - expert_out(block, old, number)
+                share = difference * weight.flatten()[places[number], None]
+                out.index_add_(0, token, share.to(out.dtype))
 
 
 def _readable(model: nn.Module, path: str) -> nn.Module:
@@ -346,56 +334,10 @@ def _readable(model: nn.Module, path: str) -> nn.Module:
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _gate_of(block: Any) -> GateFunction:
-    name = type(block).__name__
-    if name in GATES:
-        return GATES[name]
-    if not getattr(block, "has_gate", True):
-        return _whole_input
-    custom = getattr(type(block), "_apply_gate", None)
-    if custom is not None and custom.__name__ != "_default_apply_gate":
-        raise AdapterError(
-            f"{name} gates its experts in a way of its own (_apply_gate), so its act_fn output "
-            "cannot be told. Add a function to neuronlens.adapters.taps.GATES."
-        )
-    return _first_half
-
-
-def _product(block: Any, projected: Tensor) -> Tensor:
-    """What the down projection takes."""
-    if not getattr(block, "has_gate", True):
-        out: Tensor = block.act_fn(projected)
-    elif hasattr(block, "_apply_gate"):
-        out = block._apply_gate(projected)
-    else:
-        gate, up = projected.chunk(2, dim=-1)
-        out = block.act_fn(gate) * up
-    return out
-
-
 def _routing(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     x, expert, weight = (*call.args, *call.kwargs.values())[:3]
     rows = x.reshape(-1, x.shape[-1])
     return rows, expert.reshape(-1, expert.shape[-1]), weight.reshape(-1, expert.shape[-1])
-
-
-def _in(block: Any, x: Float[Tensor, "row hidden"], expert: int) -> Tensor:
-    name = "gate_up_proj" if getattr(block, "has_gate", True) else "up_proj"
-    return _projected(block, name, x, expert)
-
-
-def _out(block: Any, product: Tensor, expert: int) -> Tensor:
-    out = _projected(block, "down_proj", product, expert)
-    if hasattr(block, "post_expert_norm"):
-        out = block.post_expert_norm(out)
-    return out
-
-
-def _projected(block: Any, name: str, x: Tensor, expert: int) -> Tensor:
-    weight = getattr(block, name)[expert]
-    bias = getattr(block, f"{name}_bias", None)
-    out: Tensor = x @ (weight if getattr(block, "is_transposed", False) else weight.T)
-    return out if bias is None else out + bias[expert]
 
 
 def _per_expert(
@@ -405,16 +347,11 @@ def _per_expert(
     gate: GateFunction,
 ) -> Routed:
     count = int(block.num_experts)
-    # A number beyond the last expert stands for "none". One sort and one look at the counts: a
-    # search per expert would wait for the device each time.
-    flat = expert.flatten().clamp(max=count)
-    sizes = torch.bincount(flat, minlength=count + 1).tolist()
-    places = flat.argsort(stable=True).split(sizes)
     values: Tensor | None = None
-    for number, at in enumerate(places[:count]):
+    for number, at in enumerate(_places(expert, count)):
         if len(at) == 0:
             continue
-        act = gate(block, _in(block, x[at // expert.shape[1]], number))
+        act = gate(block, expert_in(block, x[at // expert.shape[1]], number))
         if values is None:
             values = act.new_full((expert.numel(), act.shape[-1]), float("nan"))
         values[at] = act
@@ -424,13 +361,16 @@ def _per_expert(
     return Routed(values.reshape(*expert.shape, -1), known, count)
 
 
-def expert_width(block: Any) -> int:
-    """Neurons of each expert."""
-    for name in ("intermediate_dim", "intermediate_size", "expert_dim"):
-        if isinstance(getattr(block, name, None), int):  # quantised weights have other shapes
-            return int(getattr(block, name))
-    axis = 1 if getattr(block, "is_transposed", False) else 2
-    return int(block.down_proj.shape[axis])
+def _places(expert: Int[Tensor, "row chosen"], count: int) -> tuple[Int[Tensor, " place"], ...]:
+    """By expert, the flat positions at which it was chosen.
+
+    A number beyond the last expert stands for "none". One sort and one look at the counts: a
+    search per expert would wait for the device each time.
+    """
+    flat = expert.flatten().clamp(max=count)
+    sizes = torch.bincount(flat, minlength=count + 1).tolist()
+    places: tuple[Tensor, ...] = flat.argsort(stable=True).split(sizes)
+    return places[:count]
 
 
 @contextmanager
@@ -471,10 +411,11 @@ class DenseExperts:
         block: Any = _readable(model, self.path)
 
         def write(call: Call) -> Tensor:
-            new: Tensor = call.out.clone()
-            for expert in change.neurons:
-                at = change.on(new.device, expert)
-                new[expert, :, at] = change.to(new[expert, :, at])
+            new: Tensor = call.out if is_only_ours(call) else call.out.clone()
+            change.begin(new.shape[1])
+            for expert in change.experts:
+                if expert is not None:
+                    change.within(new[expert], expert)
             return new
 
         return [Point(block.act_fn, write)]

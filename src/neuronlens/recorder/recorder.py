@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neuronlens.activations import Activation, Routed
 from neuronlens.adapters import ModelAdapter, SiteSelection
+from neuronlens.adapters.steps import attended, cached_tokens, generated_roles, repeats
 from neuronlens.errors import AdapterError, CaptureError
 from neuronlens.hooks import (
     attached,
@@ -42,7 +43,7 @@ class _Run:
         self.names = adapter.text_input, adapter.text_mask
         self.inputs = {k: v for k, v in inputs.items() if k != "past_key_values"}
         self.ids = ids
-        self.attended = _attended(inputs.get(adapter.text_mask), ids, 0)
+        self.attended = attended(inputs.get(adapter.text_mask), ids, 0)
         self.prompt_length = ids.shape[1]
         self.kept: dict[str, list[Activation]] = {}
         self.encoder_inputs: dict[str, Any] = {}
@@ -56,7 +57,7 @@ class _Run:
             self.prompt_length += ids.shape[1]  # a prompt that is fed in chunks
         known = {*self.inputs, "past_key_values"}
         self.inputs |= {k: v for k, v in inputs.items() if k not in known and v is not None}
-        more = _attended(inputs.get(self.names[1]), ids, done)
+        more = attended(inputs.get(self.names[1]), ids, done)
         self.attended = torch.cat([self.attended, more], 1)
         self.ids = torch.cat([self.ids, ids], 1)
 
@@ -81,23 +82,6 @@ class _Run:
                 for name, value in inputs.items()
             }
         return inputs | self.encoder_inputs
-
-
-def _attended(mask: Any, ids: Int[Tensor, "batch token"], done: int) -> Int[Tensor, "batch token"]:
-    """1 where a token is attended to, 0 where it is padding.
-
-    A static cache comes with one mask per query, boolean or additive: padding is what no
-    query sees.
-    """
-    if isinstance(mask, Mapping):
-        mask = next(iter(mask.values()))
-    if not isinstance(mask, Tensor):
-        return torch.ones_like(ids)
-    if mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > -1
-        mask = seen.any(1).any(1)
-    attended: Tensor = mask[:, done : done + ids.shape[1]].to(ids.dtype)
-    return attended
 
 
 class ActivationRecorder:
@@ -250,13 +234,12 @@ class ActivationRecorder:
                 f"The model was called without {self.adapter.text_input}, so its tokens cannot be "
                 f"told apart. Call it with {self.adapter.text_input}, not inputs_embeds."
             )
-        cache = inputs.get("past_key_values")
-        done = int(cache.get_seq_length()) if cache is not None else 0
+        done = cached_tokens(inputs)
         run = self._runs[-1] if self._runs else None
         if done and run is not None and run.prefix:
             done -= run.prefix
         self._skip, self._open = 0, True
-        if run is not None and done == 0 and _repeats(run.ids, ids):
+        if run is not None and done == 0 and repeats(run.ids, ids):
             self._skip = done = run.ids.shape[1]  # generation without a cache
             ids = ids[:, done:]
         if done == 0:
@@ -356,8 +339,7 @@ class ActivationRecorder:
 
     def _generated_roles(self, run: _Run) -> Int[Tensor, "batch token"]:
         ids = run.ids[:, run.prompt_length :].cpu()
-        role = self.adapter.text_roles(ids)
-        role[role == Role.PROMPT] = Role.RESPONSE
+        role = generated_roles(self.adapter, ids)
         config = getattr(self.adapter.model, "generation_config", None)
         ends, fill = (getattr(config, f"{kind}_token_id", None) for kind in ("eos", "pad"))
         is_end = torch.isin(ids, torch.tensor([] if ends is None else ends, dtype=ids.dtype))
@@ -406,10 +388,3 @@ def _continued(prompt: TokenMap, role: Int[Tensor, "batch token"]) -> TokenMap:
         image=torch.cat([prompt.image, torch.full_like(sample, -1).to(prompt.image.dtype)], 1),
         box=torch.cat([prompt.box, torch.full((*role.shape, 4), float("nan"))], 1),
     )
-
-
-def _repeats(before: Int[Tensor, "batch token"], now: Int[Tensor, "batch longer"]) -> bool:
-    """Whether `now` is `before` with one token more: a step of generation without a cache."""
-    if now.shape[0] != before.shape[0] or now.shape[1] != before.shape[1] + 1:
-        return False
-    return bool((now[:, :-1] == before).all())

@@ -154,4 +154,18 @@ class BlipAdapter(FamilyAdapter):
         shown = images
         if self.model_type == "instructblipvideo":
             shown = [list(each) * _FRAMES for each in images]
-        return super().process(texts, shown, add_special_tokens=add_special_tokens)
+        inputs = super().process(texts, shown, add_special_tokens=add_special_tokens)
+        return _padded_behind(inputs, "qformer_input_ids", "qformer_attention_mask")
+
+
+def _padded_behind(inputs: dict[str, Any], ids: str, mask: str) -> dict[str, Any]:
+    """The inputs with a text's padding behind it.
+
+    The processor pads the Q-Former's text on the side of the language model's tokenizer, but its
+    positions are counted from the left: before the text, padding would move every token.
+    """
+    kept = inputs.get(mask)
+    if not isinstance(kept, Tensor):
+        return inputs
+    order = kept.argsort(dim=1, descending=True, stable=True)
+    return {**inputs, ids: inputs[ids].gather(1, order), mask: kept.gather(1, order)}

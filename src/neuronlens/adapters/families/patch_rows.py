@@ -22,6 +22,7 @@ from neuronlens.adapters.base import register
 from neuronlens.adapters.discover import Block, special_block
 from neuronlens.adapters.families.patches import interleaved
 from neuronlens.adapters.family import FamilyAdapter
+from neuronlens.adapters.gates import GATES
 from neuronlens.adapters.geometry import Placement, stretched
 from neuronlens.adapters.grids import (
     Grid,
@@ -37,7 +38,7 @@ from neuronlens.adapters.grids import (
     rows,
     special,
 )
-from neuronlens.adapters.taps import CHANNELS_FIRST, GATES, ActOutput, Functional
+from neuronlens.adapters.taps import CHANNELS_FIRST, ActOutput, Functional
 from neuronlens.errors import AdapterError
 
 # Blocks whose structure does not tell their activation.

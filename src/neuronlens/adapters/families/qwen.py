@@ -17,19 +17,14 @@ from torch import Tensor, nn
 
 from neuronlens.activations import Routed
 from neuronlens.adapters.base import register
+from neuronlens.adapters.change import Change
 from neuronlens.adapters.discover import Block, special_block
 from neuronlens.adapters.families.patches import interleaved
 from neuronlens.adapters.family import FamilyAdapter
+from neuronlens.adapters.gates import expert_width
 from neuronlens.adapters.geometry import Placement
 from neuronlens.adapters.grids import Grid, ImageSize, Piece, Seen, cells, flat, in_blocks, raster
-from neuronlens.adapters.taps import (
-    ActOutput,
-    Change,
-    Experts,
-    NeuronKind,
-    See,
-    expert_width,
-)
+from neuronlens.adapters.taps import ActOutput, Experts, NeuronKind, See
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point
 from neuronlens.tokens import Role
@@ -342,18 +337,18 @@ class ModalityExperts:
 
     def writing(self, model: nn.Module, change: Change) -> list[Point]:
         """Adds the difference that the change makes to what the layer gives."""
-        experts = model.get_submodule(self.path)
-        (inner,) = Experts(self.path).writing(model, change)
+        experts, inner = model.get_submodule(self.path), Experts(self.path)
+        product = inner.product(model, change)
 
-        def write(call: Call) -> tuple[Tensor, Tensor] | None:
+        def write(call: Call) -> tuple[Tensor, Tensor]:
             came, routed = self._routed(model, call)
-            if not came.any():
-                return None
             hidden, logits = call.out
-            difference = inner.hook(Call(experts, routed, {}, torch.zeros_like(routed[0])))
-            new = hidden.clone()
-            new[came] += difference
-            return new, logits
+            change.begin(came.numel())
+            at = came.flatten().nonzero().squeeze(1)
+            difference = torch.zeros_like(routed[0])
+            inner.add_difference(experts, change, product, routed, difference, at)
+            new = hidden.reshape(-1, hidden.shape[-1]).index_add(0, at, difference)
+            return new.reshape(hidden.shape), logits
 
         return [Point(model.get_submodule(self.layer), write)]
 
