@@ -252,6 +252,30 @@ def test_a_routed_neuron_has_both_denominators(routed):
     assert dense.mean[text] == 2.0
 
 
+def test_means_are_over_the_tokens_of_the_roles_that_ran(atlas, routed):
+    # Values 1 -1 2 5 | -3 unrouted | 4, on visual, response and prompt tokens, at experts 0 0 0 1.
+    first, other, never = (NeuronId("language.0", 0, expert=e) for e in range(3))
+    assert routed.means([first, other, never], [Role.VISUAL]) == {
+        first: pytest.approx(2 / 3),
+        other: 5.0,
+        never: pytest.approx(math.nan, nan_ok=True),
+    }
+    assert routed.means(first)[first] == pytest.approx((1 - 1 + 2 + 4) / 4)
+    assert routed.means(other, [Role.VISUAL, Role.RESPONSE])[other] == pytest.approx((5 - 3) / 2)
+    dense = NeuronId("language.1", 0)
+    assert routed.means("language.1", [Role.RESPONSE])[dense] == 2.0
+    # Of a scan: the roles' means, weighted by their tokens.
+    chosen = NeuronId("language.2", 11)
+    one, tokens = atlas.neuron(chosen), sum(atlas.statistics("language.2").firing.tokens.values())
+    seen = {role: int(tokens[:, place].sum()) for place, role in enumerate(COUNTED)}
+    some = (Role.VISUAL, Role.PROMPT)
+    expected = sum(one.mean[role] * seen[role] for role in some) / sum(seen[r] for r in some)
+    assert atlas.means("language.2/11", some)[chosen] == pytest.approx(expected, rel=1e-9)
+    assert len(atlas.means("vision")) == 3 * 256
+    with pytest.raises(UnknownNameError, match=r"counted role .*VISUAL"):
+        atlas.means(chosen, [Role.PAD])
+
+
 def test_a_neuron_of_a_routed_block_needs_its_expert(routed):
     with pytest.raises(UnknownNameError, match=r"expert in language.0 .*0 to 2"):
         routed.neuron(NeuronId("language.0", 0))

@@ -232,6 +232,49 @@ class Atlas:
         by_role = self.neuron(neuron).maximum
         return max(by_role[role] for role in self.eligible)
 
+    def means(
+        self, neurons: Selection = None, roles: Iterable[Role] | None = None
+    ) -> dict[NeuronId, float]:
+        """Mean activation of some neurons over the tokens of some roles, all samples together.
+
+        ::
+
+            with nl.set_to(vlm, neurons, atlas.means(neurons)):
+                model.generate(**inputs)
+
+        Args:
+            neurons: A module, a site, a neuron, how one is written, or several of these; None
+                for every neuron.
+            roles: Roles of the tokens; None for all but padding.
+
+        Returns:
+            The mean over the tokens that ran through the neuron: for one of a routed expert,
+            those that were routed there. NaN if there were none.
+
+        Raises:
+            UnknownNameError: If a neuron is not in this atlas, or a role is not counted.
+        """
+        wanted = COUNTED if roles is None else tuple(dict.fromkeys(roles))
+        for role in wanted:
+            if role not in COUNTED:
+                raise UnknownNameError("counted role", role, [each.name for each in COUNTED])
+        places = [COUNTED.index(role) for role in wanted]
+        found: dict[NeuronId, float] = {}
+        for name, rows in self.rows(neurons).items():
+            site = self.sites[name]
+            at = torch.arange(site.neurons) if rows is None else torch.tensor(rows)
+            with self.read(name) as file:
+                total = file.get_tensor("role.total")[at][:, places].sum(1)
+                ran = file.get_tensor("tokens")[..., places].sum()
+                if site.experts:
+                    routed = file.get_tensor("routed")[..., places].sum((1, 2, 3))
+                    ran = routed[at // site.width]
+            mean = total.double() / FIXED_POINT / ran
+            for row, value in zip(at.tolist(), mean.tolist(), strict=True):
+                expert, index = divmod(row, site.width)
+                found[site.neuron(index, expert if site.experts else None)] = value
+        return found
+
     @cached_property
     def samples(self) -> dict[int, SampleRecord]:
         """The sample table, by position."""
