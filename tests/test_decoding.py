@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import neuronlens as nl
 from neuronlens.adapters.decoding import AFTER, Decoding, decoding_of
 from neuronlens.errors import AdapterError
+from neuronlens.lens import LogitLens
 from zoo import Entry, draw, entries
 
 ZOO = entries()
@@ -160,6 +161,24 @@ def test_the_state_of_the_last_layer_gives_the_models_logits(name: str) -> None:
     with _replaced(model.get_submodule(decoding.layers[-1]), _first(heard[0][1])):
         _compared(name, model, inputs, early, _logits(model, inputs))
     assert not torch.equal(got, early)
+    _lens_agrees(name, nl.adapt(model), inputs, logits)
+
+
+def _lens_agrees(
+    name: str, vlm: nl.ModelAdapter, inputs: Mapping[str, Any], logits: Tensor
+) -> None:
+    """The logit lens, whose states come by hooks of its own, says at the last layer the same."""
+    lens = LogitLens(vlm)
+    tokens = vlm.tokens(inputs)[vlm.answer_stream]
+    reading = lens.read(inputs, k=lens.words, layers=[-1])
+    at = torch.cat([tokens.where(row) for row in range(len(tokens.role))])
+    got = torch.zeros(len(at), lens.words)
+    got.scatter_(1, torch.tensor(reading.ids[0]), torch.tensor(reading.probabilities[0]))
+    want = logits.flatten(0, 1)[at].float().softmax(-1)
+    if name == "qwen3_vl":  # see _compared
+        text = tokens.role.flatten()[at] != nl.Role.VISUAL
+        got, want = got[text], want[text]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(NONE) & set(ZOO)))

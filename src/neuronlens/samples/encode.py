@@ -50,18 +50,21 @@ class Batch:
             for name, value in self.inputs.items()
         }
 
+    def ids(self, stream: str = "language") -> Int[Tensor, "batch token"]:
+        """Token ids on a stream of text, on the CPU; 0 where the model puts an image itself."""
+        name = self.adapter.text_input if stream == "language" else "decoder_input_ids"
+        ids: Tensor = self.inputs[name].cpu()
+        # Images that the model puts before the text have no token of their own.
+        return F.pad(ids, (self.tokens[stream].role.shape[1] - ids.shape[1], 0))
+
     def pieces(self, sample: int, stream: str = "language") -> tuple[str, ...]:
         """Text of each token of one sample on a stream of text, padding left out.
 
         Joined, they are the text as it was tokenised; image tokens are empty.
         """
         tokens = self.tokens[stream]
-        name = self.adapter.text_input if stream == "language" else "decoder_input_ids"
-        ids = self.inputs[name].cpu()
-        # Images that the model puts before the text have no token of their own.
-        ids = F.pad(ids, (tokens.role.shape[1] - ids.shape[1], 0))
         at = tokens.where(sample)
-        kept = ids.flatten()[at].tolist()
+        kept = self.ids(stream).flatten()[at].tolist()
         visual = (tokens.role.flatten()[at] == Role.VISUAL).tolist()
         is_image = [
             known or seen
