@@ -19,7 +19,7 @@ from neuronlens.samples import Sample
 from neuronlens.simulate import ChatSimulator, SimulationJob, Simulator
 from neuronlens.study.components import named
 from neuronlens.study.journal import RECORDS, REPLIES
-from neuronlens.study.lines import read_lines
+from neuronlens.lines import read_lines
 from neuronlens.study.records import NeuronRecord
 from neuronlens.study.run import NULL_DRAWS
 

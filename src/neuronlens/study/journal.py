@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from neuronlens.atlas import locked, require_free
 from neuronlens.errors import DataError, OutputError
 from neuronlens.neurons import NeuronId
-from neuronlens.study.lines import LineFile, cut_torn_line, read_lines
+from neuronlens.lines import LineFile, cut_torn_line, read_lines
 from neuronlens.study.records import (
     NeuronRecord,
     Said,

@@ -30,7 +30,7 @@ from neuronlens.study.journal import (
     read_manifest,
     writing,
 )
-from neuronlens.study.lines import read_lines, write_lines
+from neuronlens.lines import read_lines, write_lines
 from neuronlens.study.records import (
     NeuronRecord,
     Said,

@@ -74,13 +74,16 @@ class LineFile(Mapping[Key, Value], Generic[Key, Value]):
         return len(self._at)
 
 
-def read_lines(path: Path, kind: type[Model], *, torn: bool = False) -> list[Model]:
+def read_lines(
+    path: Path, kind: type[Model], *, torn: bool = False, of: str = "study"
+) -> list[Model]:
     """Every line of a file of records.
 
     Args:
         path: The file.
         kind: Of the records.
         torn: Whether a last line without an end is left out: of a run that goes on.
+        of: What the file belongs to, for the message.
 
     Raises:
         DataError: If the file is missing or a line is damaged.
@@ -92,7 +95,7 @@ def read_lines(path: Path, kind: type[Model], *, torn: bool = False) -> list[Mod
                 kind.model_validate_json(line) for line in file if line.endswith(b"\n") or not torn
             ]
     except (OSError, ValidationError) as error:
-        raise DataError(f"{path.parent} is no whole study: {path.name}: {error}") from error
+        raise DataError(f"{path.parent} is no whole {of}: {path.name}: {error}") from error
 
 
 def write_lines(path: Path, models: Iterable[BaseModel]) -> None:
