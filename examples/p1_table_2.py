@@ -72,7 +72,7 @@ def shown(mean: float | None, interval: tuple[float, float] | None = None) -> st
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("table2"))
+    parser.add_argument("--out", type=Path, default=Path("p1-table-2"))
     parser.add_argument("--scenes", type=int, default=400, help="of the testbed")
     parser.add_argument("--neurons", type=int, default=60, help="of each category, at most")
     parser.add_argument("--model", help="a vision-language model; the testbed if not given")
