@@ -13,7 +13,19 @@ from neuronlens.activations import Routed
 from neuronlens.adapters import ModelAdapter, adapt, register
 from neuronlens.atlas import Atlas
 from neuronlens.classify import Classification, NeuronClassifier
+from neuronlens.concepts import ConceptCount, count_concepts
+from neuronlens.domains import DomainNeurons, dape, domain_neurons
+from neuronlens.embeddings import image_embeddings, principal_components
 from neuronlens.errors import NeuronLensError
+from neuronlens.evaluate import (
+    BEAMS,
+    GREEDY,
+    Evaluation,
+    Generation,
+    evaluate,
+    hidden_state_deviation,
+    response_loss,
+)
 from neuronlens.exemplars import Exemplar, exemplars, look
 from neuronlens.explain import (
     ChatExplainer,
@@ -22,8 +34,17 @@ from neuronlens.explain import (
     ExplanationJob,
 )
 from neuronlens.explanation import Explanation, Failure
-from neuronlens.intervene import deactivate
+from neuronlens.intervene import (
+    Intervention,
+    amplify,
+    by_sample,
+    deactivate,
+    random_control,
+    set_to,
+)
+from neuronlens.lens import LogitLens
 from neuronlens.neurons import NeuronId, NeuronSite
+from neuronlens.questions import PROMPTS, Prompt, Question, read_questions
 from neuronlens.recorder import ActivationRecorder, Sink, record
 from neuronlens.report import Control, report
 from neuronlens.samples import Annotation, Sample, annotate, encode, read_samples
@@ -43,6 +64,9 @@ from neuronlens.study import Study, estimate_study, explain_neurons
 from neuronlens.tokens import Role, TokenMap
 
 __all__ = [
+    "BEAMS",
+    "GREEDY",
+    "PROMPTS",
     "ActivationRecorder",
     "Annotation",
     "AnnotationSegmenter",
@@ -50,20 +74,28 @@ __all__ = [
     "ChatExplainer",
     "ChatSimulator",
     "Classification",
+    "ConceptCount",
     "Control",
     "DissectionExplainer",
+    "DomainNeurons",
+    "Evaluation",
     "Exemplar",
     "ExpectedValueSimulator",
     "Explainer",
     "Explanation",
     "ExplanationJob",
     "Failure",
+    "Generation",
+    "Intervention",
+    "LogitLens",
     "MaskSimulator",
     "ModelAdapter",
     "NeuronClassifier",
     "NeuronId",
     "NeuronLensError",
     "NeuronSite",
+    "Prompt",
+    "Question",
     "Role",
     "Routed",
     "Sample",
@@ -78,22 +110,35 @@ __all__ = [
     "TokenMap",
     "WordSimulator",
     "adapt",
+    "amplify",
     "annotate",
+    "by_sample",
+    "count_concepts",
+    "dape",
     "deactivate",
+    "domain_neurons",
     "encode",
     "estimate_study",
+    "evaluate",
     "exemplars",
     "explain_neurons",
+    "hidden_state_deviation",
+    "image_embeddings",
     "look",
+    "principal_components",
+    "random_control",
+    "read_questions",
     "read_samples",
     "record",
     "register",
     "report",
+    "response_loss",
     "scan",
     "scan_size",
+    "set_to",
 ]
 
-_NAMESPACES = ("adapters", "chat", "segment", "testbed", "testing")
+_NAMESPACES = ("adapters", "chat", "figures", "metrics", "segment", "testbed", "testing")
 
 
 def __getattr__(name: str) -> _ModuleType:
