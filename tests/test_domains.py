@@ -469,6 +469,7 @@ def test_a_scan_by_domain_gives_the_rates_its_statistics_have(atlas):
         for column, domain in enumerate(found.domains):
             fired = firing.fired[domain][:, place].sum(0)
             tokens = firing.tokens[domain][:, place].sum()
+            assert each.tokens[domain] == tokens  # layers of one stream count once
             rates = each.rates[first : first + len(fired), column]
             assert rates.tolist() == pytest.approx((fired / tokens).tolist(), rel=1e-6)
 

@@ -318,6 +318,8 @@ def test_a_resample_has_as_many_blocks_of_each_domain_as_there_are():
     assert not weight[:, ~units].any()
     # Each block is drawn as often as the others.
     assert weight[:, 0, :5].mean(0) == pytest.approx(np.ones(5), abs=0.25)
+    # With replacement: the variance of a binomial of 5 draws at 1/5.
+    assert weight[:, 0, :5].var() == pytest.approx(0.8, abs=0.15)
 
 
 def test_intervals_of_rates_cover_the_truth_and_binomial_ones_do_not():
@@ -353,6 +355,7 @@ def test_intervals_of_counts_are_of_choices_from_resamples(atlas):
         for domain, (low, high) in of_domain.items():
             assert 0 <= low <= high <= wanted
             assert f"{low:,.0f} to {high:,.0f}" in made._repr_html_(), (module, domain)
+            assert f"{domain} {low:.0f} to {high:.0f}" in repr(made), module
         frequency = made.modules[module].frequency
         assert frequency.sum() == pytest.approx(wanted)
         assert frequency.max() <= 1
@@ -420,4 +423,6 @@ def test_stability_of_a_scan_is_told_by_module(atlas):
     for name, means in summary.items():
         assert all(0 <= value <= 1 for value in means.values())
         assert f"{means['members']:.2f}" in made._repr_html_(), name
+        said = f"{name} {means['members']:.2f} (shuffled {means['members_shuffled']:.2f})"
+        assert said in repr(made)
     assert made.summary() == domain_neurons(atlas, share=0.05).stability(4).summary()

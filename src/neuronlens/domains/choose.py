@@ -124,7 +124,7 @@ def _assigned(
     rng: np.random.Generator,
 ) -> Bool[np.ndarray, "chosen domain"]:
     if assign == "bar":
-        return np.asarray(rates >= bar)
+        return np.asarray(rates > bar)
     # Of domains that are equally likely one is drawn: the first name means nothing.
     best = rates == rates.max(1, keepdims=True, initial=0)
     ranked = np.where(best, rng.random(rates.shape), -1).argmax(1)

@@ -58,6 +58,14 @@ class Intervals:
         """Of how many chosen neurons belong to each domain, by module."""
         return {name: dict(each.counts) for name, each in self.modules.items()}
 
+    def __repr__(self) -> str:
+        spelled = {
+            name: [f"{domain} {low:.0f} to {high:.0f}" for domain, (low, high) in ends.items()]
+            for name, ends in self.counts().items()
+        }
+        said = "; ".join(f"{name} {', '.join(each)}" for name, each in spelled.items())
+        return f"Intervals({said}; {self.resamples} resamples)"
+
     def _repr_html_(self) -> Html:
         rows = [
             [name, *(f"{low:,.0f} to {high:,.0f}" for low, high in each.counts.values())]
@@ -116,6 +124,13 @@ class Stability:
             name: {kind: _mean(getattr(each, kind)) for kind in _KINDS}
             for name, each in self.modules.items()
         }
+
+    def __repr__(self) -> str:
+        said = ", ".join(
+            f"{name} {means['members']:.2f} (shuffled {means['members_shuffled']:.2f})"
+            for name, means in self.summary().items()
+        )
+        return f"Stability(neurons with their domain: {said}; {self.splits} splits)"
 
     def _repr_html_(self) -> Html:
         rows = [
