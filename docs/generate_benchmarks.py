@@ -32,6 +32,7 @@ from benchmark import (  # noqa: E402 - it is in docs
     asking,
     gpu,
     growth,
+    intervening,
     killing,
     memory,
     reading,
@@ -104,6 +105,13 @@ PARTS = {
         2,
         {"middle_pairs": 12, "testbed_pairs": 50},
         {"middle_pairs": 2, "testbed_pairs": 4},
+    ),
+    "intervening": Part(
+        intervening.Intervening,
+        intervening.told,
+        2,
+        {"pairs": 30, "share": 100},
+        {"pairs": 2, "share": 100},
     ),
     "asking": Part(
         asking.Asking,

@@ -149,7 +149,7 @@ def test_an_atlas_of_an_earlier_format_is_refused(copied):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"format": 2}', b"\xff\xfe\x00"], ids=str
+    "text", [b"", b"{", b"[]", b"null", b"3", b"{}", b'{"format": 3}', b"\xff\xfe\x00"], ids=str
 )
 def test_a_broken_manifest_is_refused(copied, text):
     (copied.path / "manifest.json").write_bytes(text)

@@ -15,7 +15,13 @@ from neuronlens.concepts import ConceptCount, count_concepts
 from neuronlens.concepts.count import Rule
 from neuronlens.concepts.cover import Cover
 from neuronlens.concepts.profile import Element, Side, Vocabulary
-from neuronlens.errors import AtlasError, DataError, RescanError, UnknownNameError
+from neuronlens.errors import (
+    AdapterError,
+    AtlasError,
+    DataError,
+    RescanError,
+    UnknownNameError,
+)
 from neuronlens.testbed import Spec
 
 SAID = (" the", " red", " box", " and", " blue", " cat")
@@ -110,6 +116,38 @@ def test_a_concept_that_covers_all_of_them_does_not_stand_in_their_way():
     assert found.by_size[1] == pytest.approx(explained(level, both))
 
 
+def test_two_concepts_that_cover_all_of_them_do_not_stand_in_their_way_either():
+    # Large and small things are all things. No single exchange leads from them to red and blue.
+    found = counted(
+        pictures(
+            *[([10.0], {"red": [0], "large": [0]}), ([10.0], {"blue": [0], "large": [0]})] * 2,
+            ([10.0], {"red": [0], "small": [0]}),
+            ([10.0], {"blue": [0], "small": [0]}),
+            ([10.0], {"red": [0], "large": [0], "small": [3]}),
+            ([10.0], {"blue": [0], "large": [0, 3]}),
+            each=3,
+        )
+    )
+    assert (found.count, set(found.names)) == (2, {"red", "blue"})
+    assert found.explained == pytest.approx(1.0)
+
+
+def test_a_sample_is_of_a_concept_if_the_neuron_fires_on_it_there():
+    found = counted(
+        pictures(
+            ([10.0, 0, 0, 0], {"red": [0]}),
+            ([0, 0, 10.0, 0], {"ring": [2]}),
+            ([10.0, 0, 2.0, 0], {"red": [0], "ring": [2]}),
+            ([10.0, 0, 5.0, 0], {"red": [0], "ring": [2]}),
+            ([0, 0, 0, 10.0], {"blue": [5]}),
+            each=4,
+        )
+    )
+    by_name = {each.name: each.ranks for each in found.concepts}
+    assert by_name == {"red": (*range(1, 5), *range(9, 17)), "ring": (*range(5, 9), *range(13, 17))}
+    assert found.unexplained == tuple(range(17, 21))
+
+
 def test_a_concept_in_less_than_a_tenth_of_the_samples_is_not_tried():
     most = pictures(([10.0, 0, 0, 0], {"red": [0]}), each=19)
     rare = pictures(([0, 10.0, 10.0, 10.0], {"ring": [1, 2, 3]}), each=2)
@@ -161,6 +199,8 @@ def test_where_no_known_concept_is_under_the_activations_the_count_is_zero():
     found = counted(pictures(([10.0, 0, 0, 0], {"red": [1]}), ([0, 0, 0, 9.0], {"blue": [2]})))
     assert (found.count, found.names, found.explained, found.reason) == (0, (), 0.0, "")
     assert found.unexplained == tuple(range(1, 17))
+    # Being quiet on a concept is no way to be predicted by it.
+    assert found.by_size == (0.0, 0.0, 0.0)
 
 
 # Text, and both sides.
@@ -283,7 +323,6 @@ def test_shares_of_the_resamples_are_a_distribution_about_the_count():
     assert sum(found.shares.values()) == pytest.approx(1)
     assert set(found.shares) == {1, 2}
     assert found.certainty == found.shares[found.count]
-    assert found.interval == (1, 2)
     by_name = {each.name: each.support for each in found.concepts}
     assert by_name["red"] == 1
     # Every resample that counts two has the ring.
@@ -413,7 +452,7 @@ def test_shuffled_tokens_are_those_at_the_same_place_of_another_sample():
 
 def test_one_in_twenty_neurons_of_noise_is_predicted_better_than_chance():
     found = []
-    for seed in range(300):
+    for seed in range(150):
         rng = np.random.default_rng(seed)
         start = np.arange(13) * 8
         predicted = (rng.random((6, 96)) < 0.3).astype(np.float32)
@@ -422,8 +461,8 @@ def test_one_in_twenty_neurons_of_noise_is_predicted_better_than_chance():
         cover = cover_of(Side(rng.random(96) ** 4, predicted, start, centre))
         chance = cover.by_chance((), rng)
         found.append(cover.joined((), np.ones((1, 12))).max() > chance)
-    # Sixty shuffles estimate the quantile; 300 neurons, the share.
-    assert 0.02 < np.mean(found) < 0.11
+    # Sixty shuffles estimate the quantile, 150 neurons the share.
+    assert 0.01 < np.mean(found) < 0.12
 
 
 def test_a_concept_that_is_everywhere_needs_samples_for_contrast():
@@ -545,11 +584,23 @@ def test_a_silent_neuron_has_no_count(planted, tmp_path):
         ({"most": 0}, ValueError, "at least 1 and 0"),
         ({"resamples": -1}, ValueError, "at least 1 and 0"),
         ({"concepts": "red"}, TypeError, r"\['red'\]"),
+        ({"concepts": ["elephant"]}, UnknownNameError, r"'elephant'\. (Known|Closest): "),
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused(vlm, atlas, scenes, more, error, said):
     with pytest.raises(error, match=said):
         count_concepts(vlm, atlas, ["language.0/3"], **{"n": 20, "samples": scenes, **more})
+
+
+def test_one_known_concept_among_others_is_enough(vlm, atlas, scenes):
+    neuron = nl.NeuronClassifier(**testbed.READINGS).classify(atlas).select("text", n=1)
+    names = ["elephant", "Red"]
+    found = count_concepts(
+        vlm, atlas, neuron, n=20, samples=scenes, concepts=names, resamples=0, most=1
+    )
+    assert list(found) == neuron
+    with pytest.raises(AdapterError, match=r"A LlavaForCond.*nl\.adapt"):
+        count_concepts(vlm.model, atlas, neuron, n=20, samples=scenes)
 
 
 def test_what_does_not_belong_together_is_refused(vlm, untrained_vlm, atlas, scenes, tmp_path):
@@ -582,19 +633,18 @@ def test_images_without_any_known_concept_are_refused_before_recording(vlm, atla
 # Examined on planted neurons of one and of two concepts.
 
 TWO = (
-    Spec("visual", ("green", "circle")),
     Spec("visual", ("yellow", "purple")),
     Spec("text", ("orange", "ring")),
     Spec("text", ("blue", "large")),
-    Spec("multimodal", ("red", "square")),
     Spec("multimodal", ("blue", "orange")),
 )
+"""Of two colours in images: a neuron of a colour or a shape comes out firing on all objects."""
 
 
 @pytest.fixture(scope="module")
 def planted(bed, tmp_path_factory):
     """Two models in which the function of some neurons is known, both scanned."""
-    samples = testbed.scenes(250, seed=51)
+    samples = testbed.scenes(200, seed=51)
     one = testbed.load(planted=True)
     model, truth = testbed.plant(bed.model, bed.processor, TWO, seed=5)
     made = {}
@@ -612,7 +662,7 @@ def planted(bed, tmp_path_factory):
 def test_planted_neurons_have_as_many_concepts_as_were_planted(planted, name, count):
     vlm, atlas, kinds, samples, truth = planted[name]
     found = count_concepts(
-        vlm, atlas, [each.neuron for each in truth], kinds=kinds, samples=samples, resamples=50
+        vlm, atlas, [each.neuron for each in truth], kinds=kinds, samples=samples, resamples=20
     )
     wrong = [
         (each, found[each.neuron])
@@ -631,5 +681,5 @@ def test_with_shuffled_annotations_next_to_none_is_found_in_images(planted):
         found += count_concepts(
             vlm, atlas, seeing, kinds=kinds, samples=wrong, resamples=0
         ).values()
-    assert len(found) >= 6
+    assert len(found) == 5
     assert sum(each.count > 0 for each in found) <= 1

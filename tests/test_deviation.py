@@ -221,7 +221,64 @@ def test_the_untouched_model_runs_once_for_each_batch(vlm, asked, conditions):
     hook = vlm.model.register_forward_pre_hook(lambda *args: count.__setitem__(0, count[0] + 1))
     hidden_state_deviation(vlm, asked, conditions, batch_size=4)
     hook.remove()
-    assert count[0] == 2 * (1 + 1 + 3)
+    # And three times to see whether padding changes anything: a batch, and two of its rows alone.
+    assert count[0] == 2 * (1 + 1 + 3) + 3
+
+
+@pytest.mark.parametrize("how", [{"roles": ("prompt",)}, {"positions": [-1]}])
+def test_interventions_at_some_tokens_are_those_of_each_samples_own_tokens(vlm, asked, chosen, how):
+    found = hidden_state_deviation(vlm, asked, {"some": deactivate(vlm, chosen, **how)})
+    for column, sample in enumerate(asked):
+        batch = nl.encode(vlm, [sample])
+        normal = last_states(vlm.model, LAST, batch.inputs)
+        with deactivate(vlm, chosen, tokens=batch.tokens, **how):
+            moved = last_states(vlm.model, LAST, batch.inputs)
+        expected = own_share(normal, moved)
+        assert expected > 0.001
+        assert found.shares["some"][0, column] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_last_row_of_a_padded_batch_is_compared_with_the_row_alone_too(vlm, asked):
+    by_length = sorted(asked, key=lambda each: len(each.prompt))[:: len(asked) - 1]
+    few = {"few": deactivate(vlm, "language.0/0")}
+    expected = hidden_state_deviation(vlm, by_length, few, batch_size=1)
+
+    def mix_up(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if len(kwargs["input_ids"]) > 1:
+            pixels = kwargs["pixel_values"].clone()
+            pixels[-1] = pixels[-1].flip(-1) * 2
+            kwargs = kwargs | {"pixel_values": pixels}
+        return args, kwargs
+
+    hook = vlm.model.register_forward_pre_hook(mix_up, with_kwargs=True)
+    try:
+        found = hidden_state_deviation(vlm, by_length, few, batch_size=2)
+    finally:
+        hook.remove()
+    np.testing.assert_allclose(found.shares["few"], expected.shares["few"], rtol=1e-4)
+
+
+def test_shares_that_are_no_numbers_are_counted_and_warned_of_once(vlm, asked, conditions):
+    huge = nl.set_to(vlm, [vlm.neuron(0, index) for index in range(384)], 3e38)
+    with pytest.warns(UserWarning, match=r"2 deviations are not finite.* under huge") as heard:
+        found = hidden_state_deviation(
+            vlm, asked[:2], {"huge": huge, "chosen": conditions["chosen"]}, batch_size=1
+        )
+    assert len(heard) == 1
+    assert heard[0].filename == __file__
+    assert repr(asked[1].id) in str(heard[0].message)
+    assert np.isnan(found.shares["huge"]).all()
+    assert found.mean("huge").rows == 0
+    assert repr(found) == "Deviation(2 samples, conditions huge, chosen, 2 numbers not finite)"
+    assert "2 numbers are not finite, and in no mean." in found._repr_html_()
+
+
+def test_inside_a_block_it_is_refused(vlm, asked, conditions):
+    with (
+        pytest.raises(InterventionError, match=r"1 neurons .* leave the block first"),
+        deactivate(vlm, "language.0/0"),
+    ):
+        hidden_state_deviation(vlm, asked, conditions)
 
 
 def test_what_cannot_be_encoded_is_skipped_by_name(vlm, asked, conditions, tmp_path):

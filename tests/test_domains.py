@@ -552,9 +552,9 @@ def test_all_neurons_firing_alike_are_still_chosen_but_chance_is_named(tmp_path)
         ({"tokens": []}, ValueError, "no role"),
         ({"domains": ["a", "c"]}, UnknownNameError, "'c'. Known: a, b"),
         ({"domains": ["a", ""]}, UnknownNameError, "Known: a, b"),
-        ({"domains": ["a"]}, DataError, "only 'a' was asked for"),
-        ({"domains": "b"}, DataError, "only 'b' was asked for"),
-        ({"domains": []}, DataError, "none"),
+        ({"domains": ["a"]}, DataError, "domains=['a'] was given. Give two or more of 'a', 'b'"),
+        ({"domains": "b"}, DataError, "domains=['b'] was given"),
+        ({"domains": []}, DataError, "domains=[] was given"),
     ],
     ids=lambda value: str(value)[:30],
 )

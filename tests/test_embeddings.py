@@ -208,6 +208,19 @@ def test_the_sign_does_not_depend_on_the_order_of_the_vectors():
     assert (np.abs(found.directions).max(1) == found.directions.max(1)).all()
 
 
+def test_components_are_told_in_a_line():
+    found = principal_components(np.diag([3.0, 2, 1])[:, :2], 2)
+    one, two = found.explained
+    assert repr(found) == (
+        f"PrincipalComponents(3 vectors, 2 directions: {one:.1%}, {two:.1%} of the variance)"
+    )
+
+
+def test_a_bare_model_is_refused(vlm, scenes):
+    with pytest.raises(AdapterError, match=r"A Llava.*nl\.adapt"):
+        image_embeddings(vlm.model, scenes)
+
+
 @pytest.mark.parametrize(
     ("values", "n", "said"),
     [

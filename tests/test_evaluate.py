@@ -7,6 +7,8 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
 import neuronlens as nl
 from neuronlens import testbed
@@ -27,8 +30,18 @@ from neuronlens.errors import (
     SkippedError,
     UnknownNameError,
 )
-from neuronlens.evaluate import BEAMS, GREEDY, Answered, Evaluation, Generation, evaluate
+from neuronlens.evaluate import (
+    BEAMS,
+    GREEDY,
+    Answered,
+    Evaluation,
+    Generation,
+    batches,
+    evaluate,
+)
+from neuronlens.evaluate.answers import Writer
 from neuronlens.evaluate.resampling import Measured
+from neuronlens.evaluate.settings import settings_of
 from neuronlens.explanation import Failure
 from neuronlens.intervene import amplify, by_sample, deactivate
 from neuronlens.metrics import ExactMatch, OptionLetter, VQAAccuracy
@@ -160,7 +173,7 @@ def test_the_presets_say_what_they_are():
 
 REAL = reals()
 SOME = (
-    "blip",  # counts text from the left, and writes into its inputs
+    "blip",  # counts text from the left
     "blip-2",  # hands its language model embeddings
     "blip-2+t5",  # an encoder-decoder
     "florence2",  # an encoder whose positions are absolute
@@ -218,6 +231,43 @@ def test_real_processors_answer_in_batches_as_alone(name, caplog):
     assert vlm.processor.tokenizer.padding_side == side
     alone = {"blip", "janus", "minimax_m3_vl", "pix2struct"}
     assert ("one by one" in caplog.text) == (name in alone)
+
+
+def test_a_generate_that_returns_no_prompt_is_read_as_well(vlm, asked, monkeypatch):
+    expected = [generated(vlm, each, max_new_tokens=4) for each in asked[:3]]
+    plain = vlm.model.generate
+
+    def only_new(**inputs: Any) -> Tensor:
+        out: Tensor = plain(**inputs)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    monkeypatch.setattr(vlm.model, "generate", only_new)
+    found = evaluate(vlm, asked[:3], Length(), prompt="chat", generation=SHORT)
+    assert texts(found) == expected
+
+
+def test_beams_that_see_something_else_are_refused(vlm, asked, monkeypatch):
+    plain = vlm.model.generate
+
+    def mixed_up(**inputs: Any) -> Tensor:
+        if inputs["num_beams"] > 1:
+            inputs["pixel_values"] = inputs["pixel_values"].flip(-1)
+        out: Tensor = plain(**inputs)
+        return out
+
+    def broken(**inputs: Any) -> Tensor:
+        if inputs["num_beams"] > 1:
+            raise ValueError("image features and tokens do not match")
+        out: Tensor = plain(**inputs)
+        return out
+
+    how = {**SHORT, "num_beams": 2}
+    for generate, text in ((mixed_up, "something else than the prompt"), (broken, "cannot follow")):
+        monkeypatch.setattr(vlm.model, "generate", generate)
+        with pytest.raises(AdapterError, match=f"{text}.*Use one beam"):
+            evaluate(vlm, asked[:2], Length(), prompt="chat", generation=how)
+        found = evaluate(vlm, asked[:2], Length(), prompt="chat", generation=SHORT)
+        assert not found.skipped  # which is what the message advises
 
 
 def test_nothing_is_left_of_how_it_generated(vlm, asked):
@@ -301,6 +351,43 @@ def test_drawn_answers_are_drawn_by_the_seed(untrained_vlm, asked):
     state = torch.get_rng_state()
     assert drawn(1) == drawn(1) != drawn(2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_answers_that_are_drawn_one_by_one_are_drawn_each_by_itself(
+    untrained_vlm, asked, monkeypatch
+):
+    several = [Question(str(i), asked[0].images, asked[0].text) for i in range(4)]
+    how = {"max_new_tokens": 6, "do_sample": True}
+    monkeypatch.setattr(Writer, "_may_batch", lambda self, encoded: False)
+    found = evaluate(untrained_vlm, several, Length(), prompt="chat", generation=how, batch_size=2)
+    assert len(set(texts(found))) == 4
+
+
+def test_the_last_row_of_a_batch_is_compared_with_the_row_alone_too(
+    untrained_vlm, asked, monkeypatch, caplog
+):
+    vlm = untrained_vlm
+    several = [
+        Question(str(i), (photo(i),), text)
+        for i, text in enumerate(["what is it ?", "what is it ?", "what is it ? what is it ?"])
+    ]
+    expected = [generated(vlm, each, max_new_tokens=4) for each in several]
+    plain = vlm.model.generate
+
+    def mix_up(**inputs: Any) -> Tensor:
+        if len(inputs["input_ids"]) > 1:
+            pixels = inputs["pixel_values"].clone()
+            pixels[-1] = pixels[-1].flip(-1) * 3
+            inputs["pixel_values"] = pixels
+        out: Tensor = plain(**inputs)
+        return out
+
+    monkeypatch.setattr(vlm.model, "generate", mix_up)
+    for some in (several[:2], several[1:]):  # without padding, and with it in the first row
+        caplog.clear()
+        found = evaluate(vlm, some, Length(), prompt="chat", generation=SHORT)
+        assert texts(found) == [expected[int(each.id)] for each in some]
+        assert "one by one" in caplog.text
 
 
 # Numbers.
@@ -418,6 +505,24 @@ def test_intervals_are_those_of_all_equally_likely_draws():
         percentiles(differences), abs=0.15
     )
     assert found.mean("a").units == 3
+
+
+def test_intervals_of_differences_of_differences_are_those_of_all_draws():
+    a, b = [1, 5, 2, 9, 0], [3, 4, 8, 0, 1]
+    units = [0, 0, 1, 1, 2]
+    inside = np.array([True, False, True, False, True])
+    drawn = []
+    for draw in itertools.product(range(3), repeat=3):
+        rows = [row for unit in draw for row in range(5) if units[row] == unit]
+        off = [[a[r] - b[r] for r in rows if inside[r] == which] for which in (True, False)]
+        if all(off):  # the last unit has no row outside
+            drawn.append(float(np.mean(off[0]) - np.mean(off[1])))
+    found = measured({"a": [a], "b": [b]}, units, resamples=20_000)
+    versus = found.difference("a", "b", inside, ~inside)
+    assert versus.interval == pytest.approx(percentiles(drawn), abs=0.15)
+    assert versus.value == pytest.approx(np.mean([-2, -6, -1]) - np.mean([1, 9]))
+    assert (versus.rows, versus.units) == (5, 3)
+    assert versus.resamples == pytest.approx(20_000 * len(drawn) / 27, rel=0.02)
 
 
 def test_a_condition_differs_from_itself_by_nothing():
@@ -552,6 +657,46 @@ def test_what_cannot_be_put_is_skipped_under_every_condition(vlm, asked, conditi
         evaluate(vlm, [lost, long], Length(), prompt="chat", generation=SHORT)
 
 
+def test_a_row_that_can_only_be_encoded_in_a_batch_moves_no_other(vlm, asked, monkeypatch):
+    plain = batches.collate
+
+    def refusing(adapter: Any, prepared: Any) -> Any:
+        if [each.sample.id for each in prepared] == [asked[0].id]:
+            raise ValueError("not alone")
+        return plain(adapter, prepared)
+
+    monkeypatch.setattr(batches, "collate", refusing)
+    found = evaluate(vlm, asked[:3], Length(), prompt="chat", generation=SHORT)
+    # Whether it is in a batch what it is alone cannot be told, so it is left out.
+    assert [(each.id, each.reason) for each in found.skipped] == [
+        (asked[0].id, "refused by the processor")
+    ]
+    assert texts(found) == [generated(vlm, each, max_new_tokens=4) for each in asked[1:3]]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_adapter_that_does_not_fit_is_no_samples_fault(vlm, asked, monkeypatch, size):
+    plain = batches.collate
+
+    def misfit(adapter: Any, prepared: Any) -> Any:
+        if asked[3].id in {each.sample.id for each in prepared}:
+            raise AdapterError("the processor's text tokens are not those of its text")
+        return plain(adapter, prepared)
+
+    monkeypatch.setattr(batches, "collate", misfit)
+    with pytest.raises(AdapterError, match="text tokens"):
+        evaluate(vlm, asked[:4], Length(), prompt="chat", generation=SHORT, batch_size=size)
+
+
+def test_a_sample_that_is_too_long_is_found_among_others_of_its_id(vlm, asked):
+    encoder = batches.Encoder(vlm, template=True, side="left")
+    words = ("what is it ?", "what " * 300)
+    same = [nl.Sample("same", asked[0].images, text) for text in words]
+    (found,) = encoder([(7, same[0]), (8, same[1])])
+    assert found.positions == (7,)
+    assert [(each.position, each.reason) for each in encoder.skipped] == [(8, "too long")]
+
+
 # Folders.
 
 
@@ -560,14 +705,16 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stopping_after(vlm: Any, forwards: int) -> Iterator[list[int]]:
-    """Ctrl-C in the middle; counts the forwards."""
+def stopping_after(
+    vlm: Any, forwards: int, error: type[BaseException] = AssertionError
+) -> Iterator[list[int]]:
+    """An error if more forwards are run; counts them."""
     count = [0]
 
     def stop(*args: Any) -> None:
         count[0] += 1
         if count[0] > forwards:
-            raise Stopped
+            raise error("one forward too many")
 
     hook = vlm.model.register_forward_pre_hook(lambda *args: stop())
     try:
@@ -586,7 +733,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(vlm, asked, conditions, tmp_path
     asked = asked[:6]
     some = {"strong": conditions["strong"]}
     whole = run(vlm, asked, tmp_path / "whole", interventions=some)
-    with stopping_after(vlm, forwards), pytest.raises(Stopped):
+    with stopping_after(vlm, forwards, Stopped), pytest.raises(Stopped):
         run(vlm, asked, tmp_path / "part", interventions=some)
     with (tmp_path / "part" / "answers.jsonl").open("ab") as file:
         file.write(b'{"condition":"none","member":0,"id":"scene-3')  # killed while it wrote
@@ -613,7 +760,9 @@ def test_conditions_can_be_added_and_left_out(vlm, asked, conditions, tmp_path):
     run(vlm, asked, tmp_path / "out")
     with stopping_after(vlm, 10**6) as count:
         both = run(vlm, asked, tmp_path / "out", interventions=conditions)
-    assert count[0] > 0
+    with stopping_after(vlm, 10**6) as fresh:
+        run(vlm, asked, None, interventions=conditions, baseline=False)
+    assert count[0] == fresh[0]  # the untouched model did not run again
     assert both.conditions == ("none", "strong", "random")
     with stopping_after(vlm, 0):
         one = run(vlm, asked, tmp_path / "out", interventions={"random": conditions["random"]})
@@ -647,7 +796,7 @@ def test_failures_are_tried_again(vlm, asked, tmp_path):
 
 def test_references_can_be_corrected_afterwards(vlm, asked, tmp_path):
     before = run(vlm, asked[:4], tmp_path / "out", metric=ExactMatch())
-    wrong = [Question(q.id, q.images, q.text, ("no such thing",)) for q in asked[:4]]
+    wrong = [replace(each, references=("no such thing",)) for each in asked[:4]]
     with stopping_after(vlm, 0):
         after = run(vlm, wrong, tmp_path / "out", metric=ExactMatch())
     assert before.mean("none").value > after.mean("none").value == 0
@@ -658,7 +807,6 @@ def test_references_can_be_corrected_afterwards(vlm, asked, tmp_path):
     [
         ({"prompt": "short"}, "another prompt.name: 'chat', not 'short'"),
         ({"generation": {"max_new_tokens": 5}}, "another generation.max_new_tokens: 4, not 5"),
-        ({"seed": 4}, "another seed: 0, not 4"),
         ({"asked": 3}, "another number of questions: 4, not 3"),
         ({"asked": "other"}, "another set of questions"),
         ({"model": "untrained"}, "another model"),
@@ -683,6 +831,74 @@ def test_other_settings_are_refused(
     with pytest.raises(OutputError, match=text):
         run(model, some, tmp_path / "out", **given)
     assert {each.name: each.read_bytes() for each in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "part", ["image_processor", "chat_template", "generation_config", "dtype", "tokenizer"]
+)
+def test_another_processor_or_setting_of_the_model_is_refused(
+    vlm, asked, tmp_path, monkeypatch, part
+):
+    run(vlm, asked[:1], tmp_path / "out")
+    processor, config = vlm.processor, vlm.model.generation_config
+    if part == "image_processor":
+        monkeypatch.setattr(processor.image_processor, "do_normalize", False)
+    elif part == "chat_template":
+        monkeypatch.setattr(processor, "chat_template", processor.chat_template + "\n")
+    elif part == "generation_config":
+        monkeypatch.setattr(config, "repetition_penalty", 1.7)
+    elif part == "dtype":
+        monkeypatch.setattr(type(vlm), "dtype", torch.bfloat16)
+    else:
+        monkeypatch.setattr(type(processor.tokenizer), "special_tokens_map", {"eos_token": "</s>"})
+    with pytest.raises(OutputError, match=f"another setting.{part}: '.*', not '"):
+        run(vlm, asked[:1], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["blip-2+t5", "git", "llava", "qwen2_5_vl"])
+def test_settings_are_those_of_an_equal_processor(name):
+    one, other = (nl.adapt(*REAL[name].build()) for _ in range(2))
+    before = settings_of(one)
+    other.processor.tokenizer.padding_side = "left"
+    one.processor.tokenizer.padding_side = "right"
+    assert settings_of(other) == settings_of(one) == before
+    question = Question("0", (photo(0),), REAL[name].prompt)
+    prompt = Prompt("bare", "{question}", "{question}", template=REAL[name].template)
+    evaluate(one, [question], Length(), prompt=prompt, generation={"max_new_tokens": 2})
+    assert settings_of(one) == before  # generating leaves none behind
+
+
+def test_other_versions_of_libraries_are_warned_of(vlm, asked, tmp_path):
+    run(vlm, asked[:1], tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    told = json.loads(path.read_text())
+    assert told["versions"]["torch"] == metadata.version("torch")
+    told["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(told))
+    with pytest.warns(UserWarning, match=r"begun with torch 1\.0 and .* goes on with") as heard:
+        run(vlm, asked[:1], tmp_path / "out")
+    assert heard[0].filename == __file__
+
+
+def test_another_seed_and_batch_size_go_on_where_nothing_is_drawn(vlm, asked, conditions, tmp_path):
+    some = {"strong": conditions["strong"]}
+    first = run(vlm, asked, tmp_path / "out", interventions=some)
+    with stopping_after(vlm, 0):
+        again = run(vlm, asked, tmp_path / "out", interventions=some, seed=4, batch_size=3)
+    whole = run(vlm, asked, None, interventions=some, seed=4)
+    assert again.manifest.seed == 4
+    assert again.compare("strong") == whole.compare("strong") != first.compare("strong")
+
+
+def test_another_seed_and_batch_size_are_refused_where_answers_are_drawn(vlm, asked, tmp_path):
+    usual: dict[str, Any] = {"generation": SHORT | {"do_sample": True}}
+    run(vlm, asked[:2], tmp_path / "out", **usual)
+    for how, text in (
+        ({"seed": 4}, "another seed: 0, not 4"),
+        ({"batch_size": 1}, "another batch size, .*: 4, not 1"),
+    ):
+        with pytest.raises(OutputError, match=text):
+            run(vlm, asked[:2], tmp_path / "out", **usual, **how)
 
 
 def test_a_folder_of_something_else_is_refused(vlm, asked, tmp_path):
@@ -812,6 +1028,7 @@ def test_bad_interventions_are_refused(vlm, untrained_vlm, asked, strong):
         ({"few": []}, "has no intervention"),
         ({"same": [one, deactivate(vlm, strong)]}, "the same intervention twice"),
         ({"rows": by_sample(vlm, [one, None])}, "rows of one batch"),
+        ({"rows": deactivate(vlm, strong, positions=[[0], [1]])}, "positions of each sample"),
         ({"text": "language.0/0"}, "is a str"),
         ({"text": ["language.0/0"]}, "has a str among"),
         ([one], "give a mapping"),
@@ -819,6 +1036,8 @@ def test_bad_interventions_are_refused(vlm, untrained_vlm, asked, strong):
     for given_, text in cases:
         with pytest.raises(InterventionError, match=text):
             evaluate(vlm, asked[:1], Length(), interventions=given_, prompt="chat")
+    with pytest.raises(InterventionError, match=r"864 neurons .* leave the block first"), one:
+        evaluate(vlm, asked[:1], Length(), prompt="chat")
     with pytest.raises(InterventionError, match="nothing to run"):
         evaluate(vlm, asked[:1], Length(), baseline=False, prompt="chat")
     assert amplify(vlm, strong[:2], 1.5).settings != deactivate(vlm, strong[:2]).settings

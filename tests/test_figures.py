@@ -17,7 +17,8 @@ import neuronlens as nl
 from neuronlens import figures, testbed
 from neuronlens.classify import CATEGORIES
 from neuronlens.domains import domain_neurons
-from neuronlens.errors import MissingExtraError, UnknownNameError
+from neuronlens.embeddings import ImageEmbeddings, principal_components
+from neuronlens.errors import DataError, MissingExtraError, UnknownNameError
 from neuronlens.lens import EntropyCurves, LensReading
 
 
@@ -252,6 +253,15 @@ def test_silent_neurons_are_shares_of_their_layer(found, atlas):
             assert bar.get_height() == pytest.approx(100 * (fired == 0).float().mean().item())
             assert bar.get_x() + bar.get_width() / 2 == pytest.approx(site.layer)
     assert any(bar.get_height() > 0 for axes in figure.axes for bar in axes.patches)
+    for axes in figure.axes:
+        some = any(bar.get_height() > 0 for bar in axes.patches)
+        assert [t.get_text() for t in axes.texts] == ([] if some else ["no silent neurons"])
+
+
+def test_a_module_without_silent_neurons_says_so(found, monkeypatch):
+    monkeypatch.setattr(type(found), "silent", lambda self, module: {0: (0, 8), 1: (0, 8)})
+    (axes,) = figures.silent_neurons(found, modules=["language"]).axes
+    assert [t.get_text() for t in axes.texts] == ["no silent neurons"]
 
 
 def test_an_unknown_module_is_refused(found):
@@ -357,6 +367,39 @@ def test_one_model_needs_no_name(curves):
     assert axes.get_title() == ""
 
 
+# Embeddings
+
+
+def test_each_image_is_a_point_of_its_domains_colour():
+    domains = ("b", "a", "", "a")
+    values = np.array([[0.0, 0, 0], [4, 0, 1], [0, 2, 0], [4, 2, -1]])
+    given = ImageEmbeddings(values, tuple("wxyz"), (0,) * 4, domains, "tower", "model")
+    plane = principal_components(given)
+    figure = figures.embedding_plane(given, plane)
+    (axes,) = figure.axes
+    looks = figures.domain_colours(["(none)", "a", "b"])
+    drawn = {points.get_label(): points for points in axes.collections}
+    assert set(drawn) == set(looks)
+    for name, points in drawn.items():
+        mine = [i for i, domain in enumerate(domains) if (domain or "(none)") == name]
+        assert points.get_offsets().tolist() == plane.scores[mine].tolist()
+        assert mpl.colors.to_hex(points.get_facecolor()[0]) == looks[name][0]
+    first, second = plane.explained
+    assert axes.get_xlabel() == f"first component, {first:.0%} of the variance"
+    assert axes.get_ylabel() == f"second component, {second:.0%}"
+    FigureCanvasAgg(figure).draw()
+    corner, along, up = axes.transData.transform([(0, 0), (1, 0), (0, 1)])
+    assert along[0] - corner[0] == pytest.approx(up[1] - corner[1])
+
+
+def test_components_of_other_embeddings_are_refused():
+    values = np.arange(12.0).reshape(4, 3) ** 2
+    given = ImageEmbeddings(values, tuple("wxyz"), (0,) * 4, ("a",) * 4, "tower", "model")
+    for other in (principal_components(values[:3]), principal_components(values, n=1)):
+        with pytest.raises(DataError, match="4 embeddings in a plane"):
+            figures.embedding_plane(given, other)
+
+
 # Pruning
 
 
@@ -381,6 +424,18 @@ def test_points_and_intervals_stand_at_their_shares():
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert np.allclose(ends, [[0.55, 0.65], [0.4, 0.7]])
     assert random.lines[0].get_ydata().tolist() == [0.5]
+    # All of it is in sight, and points of the same share stand side by side.
+    FigureCanvasAgg(figure).draw()
+    window = axes.get_window_extent()
+    points = [
+        line.get_transform().transform((x, y))
+        for line, x, y in [
+            (unknown.lines[0], 10, 0.4), (unknown.lines[0], 10, 0.7),
+            (unknown.lines[0], 5, 0.6), (random.lines[0], 5, 0.5),
+        ]
+    ]  # fmt: skip
+    assert all(window.contains(*point) for point in points)
+    assert points[3][0] - points[2][0] == pytest.approx(5 / 72 * figure.dpi)
     assert np.ptp(random.lines[2][0].get_segments()[0][:, 1]) == 0
     assert line.get_color() != random.lines[0].get_color()
     whole = next(each for each in axes.lines if each.get_label() == "whole model")
@@ -390,6 +445,12 @@ def test_points_and_intervals_stand_at_their_shares():
     ]  # fmt: skip
 
 
+def test_what_was_not_pruned_has_no_curve():
+    axes = figures.pruning_curves({"unknown": {}}, full=Told(0.5, None)).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["whole model"]
+    assert not axes.containers
+
+
 # All of them
 
 
@@ -397,6 +458,8 @@ def test_no_text_is_clipped_or_covered(kinds, control, found, curves):
     long = "a model with a very long name and a version"
     runs = {long: kinds, "control": control}
     points = {name: {0.1: Told(0.5, (0.4, 0.7))} for name in (long, "b", "c")}
+    names = tuple(f"a domain called {i}" for i in range(9))
+    images = ImageEmbeddings(np.eye(9), names, (0,) * 9, names, "tower", "model")
     for figure in (
         figures.category_shares(runs),
         figures.category_histograms(runs),
@@ -406,5 +469,6 @@ def test_no_text_is_clipped_or_covered(kinds, control, found, curves):
         figures.entropy_curves({long: curves, "control": curves}),
         figures.lens_heat_map(reading(["word"] * 10, np.full((2, 1, 5), 0.2))),
         figures.pruning_curves(points, full=Told(0.8, (0.7, 0.9))),
+        figures.embedding_plane(images, principal_components(images)),
     ):
         assert unreadable(figure) == ([], [])

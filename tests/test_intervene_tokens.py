@@ -460,6 +460,37 @@ def test_with_beams_a_samples_rows_are_all_changed_and_no_others(vlm, scenes, ca
         assert is_same == (each is None)
 
 
+@pytest.mark.parametrize("name", ["mllama", "qwen2_5_vl"])
+def test_beams_of_an_image_are_its_samples_encoded_once_or_for_every_beam(name):
+    entry = ZOO[name]
+    model = entry.model()
+    vlm, inputs = nl.adapt(model), entry.inputs(model, entry.images())
+    shape, mask = inputs["input_ids"].shape, inputs["attention_mask"]
+    for key, value in inputs.items():  # pad on the left
+        if isinstance(value, Tensor) and value.shape[:2] == shape:
+            rows = zip(value, mask, strict=True)
+            moved = [torch.cat([row[gap == 0], row[gap == 1]]) for row, gap in rows]
+            inputs[key] = torch.stack(moved)
+    role = vlm.tokens(inputs)["language"].role
+    words = set(inputs["input_ids"][role == nl.Role.PROMPT].tolist())
+    others = [i for i in range(model.config.get_text_config().vocab_size) if i not in words]
+    sites = [site for site in vlm.sites.values() if site.module in ("vision", "projector")]
+    off = nl.deactivate(vlm, [s.neuron(i) for s in sites if not s.inert for i in range(s.width)])
+
+    def scores(change: Any) -> Tensor:
+        how = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False}
+        how |= {"return_dict_in_generate": True, "output_scores": True}
+        with change:
+            return model.generate(**inputs, **how, suppress_tokens=others).sequences_scores
+
+    plain, everywhere = scores(ExitStack()), scores(off)
+    assert ((plain - everywhere).abs() > 1e-2).all()
+    for sample, sets in enumerate(([off, None], [None, off])):
+        found = scores(nl.by_sample(vlm, sets))
+        torch.testing.assert_close(found[sample], everywhere[sample], **CLOSE)
+        torch.testing.assert_close(found[1 - sample], plain[1 - sample], **CLOSE)
+
+
 def test_given_token_maps_are_followed_by_generation(vlm, asked):
     """With them, the template's markers are special, which the inputs alone do not tell."""
     prompt = asked.inputs["input_ids"].shape[1]
@@ -645,6 +676,37 @@ def test_a_position_that_a_sample_has_not_is_refused(vlm, batch):
         nl.deactivate(vlm, LANGUAGE, positions=[-72], tokens=batch.tokens),
     ):
         logits(vlm, batch.inputs)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [({"roles": "response"}, "of role response"), ({"positions": [500]}, "at position 500")],
+)
+def test_roles_and_positions_that_no_token_has_are_warned_of_once(vlm, asked, limits, said):
+    nothing = nl.deactivate(vlm, LANGUAGE, **limits, tokens=asked.tokens)
+    plain = logits(vlm, asked.inputs)
+    with pytest.warns(UserWarning, match=f"{said} while the block ran") as seen, nothing:
+        assert torch.equal(logits(vlm, asked.inputs), plain)
+    assert seen[0].filename == __file__
+    with nothing:  # a warning would be an error
+        logits(vlm, asked.inputs)
+
+
+def test_that_some_sample_has_no_such_token_is_not_warned_of(vlm, scenes):
+    some = nl.encode(vlm, [scenes[0], replace(scenes[1], response=None)])
+    off = nl.deactivate(vlm, LANGUAGE, roles="response")
+    with nl.by_sample(vlm, [off, off], tokens=some.tokens):
+        logits(vlm, some.inputs)
+    nothing = nl.by_sample(vlm, [None, off], tokens=some.tokens)
+    with pytest.warns(UserWarning, match="of role response"), nothing:
+        logits(vlm, some.inputs)
+
+
+def test_an_error_in_the_block_is_not_followed_by_a_warning(vlm, asked):
+    nothing = nl.deactivate(vlm, LANGUAGE, roles="response", tokens=asked.tokens)
+    with pytest.raises(KeyError), nothing:
+        logits(vlm, asked.inputs)
+        raise KeyError
 
 
 def test_inputs_that_are_not_the_models_say_what_to_do_instead(vlm, batch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -414,9 +415,9 @@ def test_groups_are_whatever_a_function_says_and_samples_without_a_domain_are_a_
 
 def test_a_mean_weights_tokens_and_its_interval_draws_samples():
     totals = Totals(layers=1, measures=1)
-    totals.add("a", np.array([1]), np.array([[[0.0]]]))
-    totals.add("a", np.array([1, 1, 1]), np.array([[[3.0], [4.0], [5.0]]]))
-    totals.add("b", np.array([0]), np.array([[[2.0]]]))
+    totals.add("a", "1", np.array([1]), np.array([[[0.0]]]))
+    totals.add("a", "2", np.array([1, 1, 1]), np.array([[[3.0], [4.0], [5.0]]]))
+    totals.add("b", "3", np.array([0]), np.array([[[2.0]]]))
     args: dict[str, Any] = dict(words=9, text_roles=(Role.PROMPT,), skipped={}, seed=0)
     curves = totals.curves([0], resamples=2000, **args)
     assert curves.curve("text", "a").tolist() == [3.0]  # 12 over 4 tokens; not 2, of two samples
@@ -435,10 +436,35 @@ def test_the_interval_is_as_wide_as_samples_differ_and_not_as_tokens_do():
     totals = Totals(layers=1, measures=1)
     levels = rng.normal(size=40)
     for level in levels:
-        totals.add("a", np.zeros(500, int), np.full((1, 500, 1), level))
+        totals.add("a", str(level), np.zeros(500, int), np.full((1, 500, 1), level))
     curves = totals.curves([0], words=9, text_roles=(), skipped={}, resamples=1000, seed=1)
     width = np.ptp(curves.interval[0, 0, 0])
     assert width == pytest.approx(2 * 1.96 * levels.std() / math.sqrt(40), rel=0.15)
+
+
+def test_samples_of_the_same_images_are_drawn_together():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=20)
+    one, several = Totals(layers=1, measures=1), Totals(layers=1, measures=1)
+    for image, level in enumerate(images):
+        for totals, questions in ((one, 1), (several, 8)):
+            for _ in range(questions):
+                totals.add("a", str(image), np.zeros(5, int), np.full((1, 5, 1), level))
+    how = dict(words=9, text_roles=(), skipped={}, resamples=500, seed=0)
+    intervals = [totals.curves([0], **how).interval for totals in (one, several)]
+    np.testing.assert_allclose(intervals[0], intervals[1])
+
+
+def test_the_interval_weights_tokens_as_the_mean_does():
+    totals = Totals(layers=1, measures=1)
+    for number in range(12):  # short samples at 0, long ones at 1
+        tokens = 99 if number % 2 else 1
+        totals.add(
+            "a", str(number), np.ones(tokens, int), np.full((1, tokens, 1), float(number % 2))
+        )
+    curves = totals.curves([0], words=9, text_roles=(), skipped={}, resamples=500, seed=0)
+    low, high = curves.interval[0, 1, 0]
+    assert 0.9 < low < curves.mean[0, 1, 0] == 594 / 600 < high <= 1
 
 
 def test_compared_with_the_last_layer_it_is_itself_and_the_others_are_kl(vlm, lens, scenes):
@@ -551,6 +577,8 @@ def test_one_token_is_shown_as_the_paper_names_it(vlm, lens, scenes):
     second = lens.show(scenes[0], position=("visual", 1), k=3)
     assert second.positions.tolist() == [int(visual[1])]
     assert second.ids.shape == (LAYERS, 1, 3)
+    assert f"of {scenes[0].id}</div>" in second._repr_html_()
+    assert f">{second.probabilities[0, 0, 2]:.2f}</span>" in second._repr_html_()
     assert len(second) == 1
     whole = lens.read(scenes[0], k=3)
     np.testing.assert_array_equal(second.ids[:, 0], whole.ids[:, int(visual[1])])
@@ -787,6 +815,15 @@ def test_what_a_neuron_writes_is_its_column_times_the_unembedding(name, norm):
         assert written.mean == pytest.approx(got[can_come].mean(), abs=1e-6)
 
 
+def test_the_heads_factors_count_and_its_cap_does_not(vlm, lens):
+    scaled = copy.copy(vlm)
+    scaled.decoding = replace(vlm.decoding, scale=0.25, state_scale=3.0, cap=2.0)
+    got = LogitLens(scaled).contributions(["language.2/9"])
+    np.testing.assert_allclose(got, 0.75 * lens.contributions(["language.2/9"]), atol=1e-6)
+    (neuron, value), *_ = LogitLens(scaled).writers(33, n=1)
+    assert (neuron, pytest.approx(value / 0.75, abs=1e-5)) == lens.writers(33, n=1)[0]
+
+
 def test_norms_behind_a_block_pass_its_columns_on():
     # Gemma 4 with experts: each block's own norm, then that of their sum; by hand.
     vlm, _ = zoo("gemma4+moe")
@@ -993,12 +1030,16 @@ def test_projections_that_cannot_be_run_backward_are_run_forward(bed):
     assert all(v == pytest.approx(float(want[33, n.index]), abs=1e-4) for n, v in found)
 
 
-def test_columns_are_the_models_own_also_inside_a_deactivation(vlm, lens, batch):
+def test_columns_are_the_models_own_also_where_hooks_change_what_runs(vlm, lens, batch):
     free = lens.writes("language.1/5"), lens.writers(33, n=5)
     off = ["language.1/5", *[neuron for neuron, _ in free[1]]]
+    downs = [layer.mlp.down_proj for layer in vlm.model.model.language_model.layers]
+    zeroing = [d.register_forward_pre_hook(lambda m, a: (a[0] * 0,)) for d in downs]
     with nl.deactivate(vlm, off), torch.inference_mode():
         inside = lens.writes("language.1/5"), lens.writers(33, n=5)
         vlm.model(**batch.inputs)
+    for handle in zeroing:
+        handle.remove()
     np.testing.assert_array_equal(free[0].raised_by, inside[0].raised_by)
     assert free[1] == inside[1]
 
@@ -1057,6 +1098,8 @@ def test_what_has_no_logits_of_its_own_is_refused_with_the_reason():
         (lambda lens: lens.writes("language.1/1", k=55), ValueError, "k is 55"),
         (lambda lens: lens.writes("language.1/1", norm="rms"), UnknownNameError, "Known: scale"),
         (lambda lens: lens.writers("red", n=0), ValueError, "n is 0"),
+        (lambda lens: lens.writers("red", at="all"), ValueError, "no samples were given"),
+        (lambda lens: LogitLens(lens.adapter.model), AdapterError, r"A Llava.*nl\.adapt"),
         (lambda lens: lens.writers("red", sites="audio"), UnknownNameError, "site 'audio'"),
         (lambda lens: lens.writers("red", batch_size=0), ValueError, "batch_size 0"),
     ],
@@ -1069,3 +1112,20 @@ def test_arguments_that_cannot_be_are_refused(lens, wrong, error, says):
 def test_a_lens_says_what_it_reads(lens):
     assert repr(lens) == "LogitLens('neuronlens-testbed', 5 layers, 54 words)"
     assert list(lens.layers) == [0, 1, 2, 3, 4]
+
+
+def test_results_of_the_lens_are_told_in_a_line(lens, scenes):
+    assert repr(lens.show(scenes[0], k=3)) == "LensReading(1 tokens, 5 layers, 3 of 54 words)"
+    curves = lens.entropy(scenes[:4], by=None, layers=[0, 4], resamples=0)
+    text = curves.tokens[0, 1]
+    assert repr(curves) == f"EntropyCurves(2 layers, 1 group, 256 visual, {text} text tokens)"
+    written = lens.writes("language.3/5", k=4)
+    first = f"{written.words()[0]} {written.raised_by[0]:+.2f}, "
+    assert repr(written).startswith(f"NeuronWrites(language.3/5: raises {first}")
+    assert repr(written).count(", ") == 4
+
+
+def test_one_neuron_and_one_word_need_no_list(lens):
+    one = lens.contributions("language.3/5", "red")
+    np.testing.assert_array_equal(one, lens.contributions(["language.3/5"], ["red"]))
+    assert one.shape == (1, 1)

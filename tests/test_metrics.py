@@ -387,6 +387,13 @@ def test_options_may_be_numbered_and_keep_their_own_spelling():
     assert option_letter("x", {"A": "x", "B": "x"}) is None
 
 
+def test_letters_within_an_options_text_name_no_other_option():
+    types = {"A": "Type (B) lesion", "B": "Other lesion", "C": "Stage B or D", "D": "None"}
+    assert option_letter("I see a type (B) lesion here", types) == "A"
+    assert option_letter("This looks like stage B or D to me", types) == "C"
+    assert option_letter("(B), no type (B) lesion", types) == "B"
+
+
 @given(st.sampled_from("ABCD"), st.sampled_from(["{}", "({})", "{}.", "{})", "Answer: {}"]))
 @settings(deadline=None)
 def test_a_letter_by_itself_is_always_read(letter, form):

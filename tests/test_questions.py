@@ -562,7 +562,8 @@ def rsvqa(folder: Path, prefix: str = "LR_split_test", questions=None, answers=N
         {"id": 2, "date_added": 1.5, "question_id": 2, "people_id": 0, "answer": "12"}
         | {"active": True},
     ]
-    as_json(folder / f"{prefix}_answers.json", {"answers": answers})
+    # Answers are found by id, wherever they stand.
+    as_json(folder / f"{prefix}_answers.json", {"answers": answers[::-1]})
     as_json(folder / f"{prefix}_images.json", {"images": []})
     return as_json(folder / f"{prefix}_questions.json", {"questions": questions})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def blocks(language: str) -> list[str]:
 def test_the_readme_example_runs_unchanged_on_either_kind_of_file(form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     testbed.write("data", 60, seed=3)
-    first, asking = blocks("python")
+    first, asking, needed = blocks("python")
     code = first.replace('"llava-hf/llava-1.5-7b-hf"', repr(str(testbed.FOLDER)))
     if form == "jsonl":
         code = code.replace('"detail_23k.json", images="train2017"', '"data/samples.jsonl"')
@@ -59,6 +60,23 @@ def test_the_readme_example_runs_unchanged_on_either_kind_of_file(form, tmp_path
             monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
             exec(compile(asking, "README.md", "exec"), names)
         assert len(nl.Study.open("asked").exchanges(names["some"][0])) == 1 + 5
+        write_pmc_vqa(Path("pmc"), names["samples"][:8])
+        assert needed.count('"medical"') == 3
+        exec(compile(needed.replace('"medical"', '"striped"'), "README.md", "exec"), names)
+        answers = nl.Evaluation.open("answers")
+        assert answers.conditions == ("none", "striped", "random")
+        assert len(answers.questions) == 8
+
+
+def write_pmc_vqa(folder: Path, samples: list[nl.Sample]) -> None:
+    """Questions about the samples' images, as PMC-VQA has them."""
+    (folder / "images").mkdir(parents=True)
+    columns = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label"
+    lines = [columns]
+    for number, sample in enumerate(samples):
+        shutil.copy(sample.images[0], folder / "images" / f"{number}.png")
+        lines.append(f"{number}.png,what is the background ?,plain,A:plain,B:striped,C:x,D:y,A")
+    (folder / "test_clean.csv").write_text("\n".join(lines) + "\n")
 
 
 def test_ci_runs_exactly_the_readmes_test_command():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from real import reals
 
 import neuronlens as nl
 from neuronlens.errors import (
@@ -19,6 +18,7 @@ from neuronlens.errors import (
     SkippedError,
     UnknownNameError,
 )
+from real import reals
 
 REAL = reals()
 # A decoder with its image in the text, with the image before it, one with an encoder.
@@ -157,14 +157,60 @@ def test_samples_without_a_response_are_skipped_by_name(vlm, scenes):
     given = [scenes[0], replace(scenes[1], response=None), scenes[2]]
     found = nl.response_loss(vlm, given, resamples=0)
     assert [(each.id, each.reason) for each in found.skipped] == [(scenes[1].id, "no response")]
-    assert set(found.units) == {0, 2}
+    assert set(found.units) == {0, 1}  # without a gap
     with pytest.raises(SkippedError, match=r"None of the 1 samples.*no response"):
         nl.response_loss(vlm, given[1:2])
+
+
+@pytest.mark.parametrize("how", [{"roles": ("response",)}, {"roles": ("prompt",)}])
+def test_interventions_at_some_tokens_are_those_of_each_samples_own_tokens(vlm, scenes, how):
+    some, early = scenes[:3], [vlm.neuron(layer=1, index=index) for index in range(0, 384, 2)]
+    conditions = {"some": nl.deactivate(vlm, early, **how), "all": nl.deactivate(vlm, early)}
+    found = nl.response_loss(vlm, some, conditions, resamples=0)
+    losses: list[float] = []
+    for sample in some:
+        tokens = nl.encode(vlm, [sample], response=True).tokens
+        with nl.deactivate(vlm, early, tokens=tokens, **how):
+            losses += by_hand(vlm, sample)[0]
+    np.testing.assert_allclose(found.values("some")[0], losses, atol=1e-5)
+    for other in ("none", "all"):
+        assert abs(found.values(other)[0] - losses).max() > 0.01
+
+
+def test_responses_about_one_image_are_one_unit(vlm, scenes):
+    again = [replace(each, id=f"{each.id} again") for each in scenes[:2]]
+    found = nl.response_loss(vlm, [*scenes[:3], *again], resamples=20)
+    units = dict(zip((token.sample for token in found.tokens), found.units, strict=True))
+    assert list(units.values()) == [0, 1, 2, 0, 1]
+    assert found.mean("none").units == 3
+    assert "of 5 responses on 3 sets of images" in found._repr_html_()
+    assert "of 5 responses, " in repr(found)
+
+
+def test_losses_that_are_no_numbers_are_counted_and_warned_of_once(vlm, scenes):
+    huge = nl.set_to(vlm, [vlm.neuron(0, index) for index in range(384)], 3e38)
+    with pytest.warns(UserWarning, match=r"losses are not finite.* of 2 samples") as heard:
+        found = nl.response_loss(vlm, scenes[:2], {"huge": huge}, batch_size=1, resamples=0)
+    assert len(heard) == 1
+    assert repr(scenes[1].id) in str(heard[0].message)
+    for number in ("loss", "right"):
+        assert np.isnan(found.values("huge", number)).all()
+        assert np.isnan(found.mean("huge", number=number).value)
+        assert not np.isnan(found.values("none", number)).any()
+    assert f"{len(found.tokens)} losses not finite" in repr(found)
+    assert f"{len(found.tokens)} numbers are not finite" in found._repr_html_()
 
 
 def test_bad_input_is_refused(vlm, untrained_vlm, scenes, loss, strong):
     with pytest.raises(InterventionError, match="of another model"):
         nl.response_loss(untrained_vlm, scenes, {"some": nl.deactivate(vlm, strong)})
+    with pytest.raises(DataError, match="1 ids occur more than once"):
+        nl.response_loss(vlm, [scenes[0], scenes[0]])
+    with (
+        pytest.raises(InterventionError, match=r"64 neurons .* leave the block first"),
+        nl.deactivate(vlm, strong),
+    ):
+        nl.response_loss(vlm, scenes)
     with pytest.raises(DataError, match="batch_size=0"):
         nl.response_loss(vlm, scenes, batch_size=0)
     with pytest.raises(UnknownNameError, match="'rigth'"):

@@ -203,7 +203,7 @@ def test_a_scan_is_what_brute_force_over_all_activations_finds(
                     expected = sum(
                         len(of[p, role])
                         for p in seen
-                        if (samples[p].domain, block_of(samples[p].id)) == (domain, block)
+                        if (samples[p].domain, block_of(samples[p].unit())) == (domain, block)
                     )
                     assert counts[block, place].item() == expected
 
@@ -428,7 +428,7 @@ def test_a_sample_whose_activations_are_not_finite_is_named_and_only_it_is_missi
             assert torch.equal(one[position][0], other[position][0])
             assert torch.equal(one[position][1], other[position][1])
         after, before = (each.statistics(name) for each in (found, clean))
-        theirs = samples[lost].domain, block_of(samples[lost].id)
+        theirs = samples[lost].domain, block_of(samples[lost].unit())
         gone = 0
         for domain in after.firing.tokens:
             for block in range(16):
@@ -680,3 +680,26 @@ def test_a_sample_that_its_processor_refuses_is_skipped_and_named(
     assert "ZeroDivisionError: an image too thin" in skipped.detail
     with pytest.raises(ZeroDivisionError):
         nl.scan(vlm, [thin], out=tmp_path / "b")
+
+
+def blocks_in(atlas: nl.Atlas) -> set[int]:
+    """Blocks in which there is a token."""
+    counts = atlas.statistics("language.0").firing.tokens.values()
+    return {int(at) for each in counts for at in each.sum(1).nonzero().flatten()}
+
+
+def test_questions_about_one_image_are_in_one_block_and_so_is_a_group(vlm, scenes, tmp_path):
+    (tmp_path / "images").mkdir()
+    scenes[0].images[0].save(tmp_path / "images" / "scene.png")
+    forms = (scenes[0].images[0], tmp_path / "images" / "scene.png")
+    asked = [
+        replace(scenes[0], id=f"q{number}", images=(forms[number % 2],), domain=str(number % 3))
+        for number in range(12)
+    ]
+    atlas = nl.scan(vlm, asked, out=tmp_path / "one", sites="language.0")
+    assert blocks_in(atlas) == {block_of(scenes[0].unit())}
+    grouped = [replace(each, group="film 7") for each in scenes[:12]]
+    atlas = nl.scan(vlm, grouped, out=tmp_path / "group", sites="language.0")
+    assert blocks_in(atlas) == {block_of("group film 7")}
+    alone = nl.scan(vlm, scenes[:12], out=tmp_path / "alone", sites="language.0")
+    assert len(blocks_in(alone)) > 4

@@ -145,7 +145,7 @@ def test_sheets_hold_nine_different_digits_of_their_stretch():
     path = Path(find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
     all_digits = np.loadtxt(path, delimiter=",")[:, :64].reshape(-1, 8, 8)
     assert len(all_digits) == 1797
-    for sample in testbed.photographs(12, seed=5, domains=["handwriting"]):
+    for sample in testbed.photographs(36, seed=5, domains=["handwriting"]):
         small = sample.images[0].convert("L").resize((24, 24), Image.Resampling.BOX)
         ink = 16 - np.asarray(small, float) * 16 / 255
         cells = ink.reshape(3, 8, 3, 8).transpose(0, 2, 1, 3).reshape(9, 8, 8)
@@ -159,7 +159,7 @@ def test_sheets_hold_nine_different_digits_of_their_stretch():
 def test_a_crop_is_the_same_for_ever():
     """numpy does not promise its random stream; this notices a change."""
     (sample,) = testbed.photographs(1, seed=0, domains=["document"])
-    assert sample.id == "photograph-page-0-0-0"
+    assert sample.id == "photograph-page-0-0"
     assert hashlib.sha256(grey(sample).tobytes()).hexdigest()[:32] == PAGE_CROP
 
 
@@ -168,7 +168,7 @@ def test_all_crops_of_one_photograph_fall_into_one_block_and_no_two_photographs_
 ):
     blocks = defaultdict(set)
     for sample in photographs:
-        blocks[sample.domain, testbed.source_of(sample)].add(block_of(sample.id))
+        blocks[sample.domain, testbed.source_of(sample)].add(block_of(sample.unit()))
     assert all(len(found) == 1 for found in blocks.values())
     for domain, number in SOURCES.items():
         of_domain = [found for (name, _), found in blocks.items() if name == domain]
@@ -177,7 +177,7 @@ def test_all_crops_of_one_photograph_fall_into_one_block_and_no_two_photographs_
 
 def test_crops_can_be_dealt_as_if_they_were_independent():
     samples = testbed.photographs(60, domains=["document"], blocks="sample")
-    assert len({block_of(sample.id) for sample in samples}) > 10
+    assert len({block_of(sample.unit()) for sample in samples}) > 10
     assert {testbed.source_of(sample) for sample in samples} == {"page", "text"}
 
 
@@ -289,6 +289,12 @@ def test_questions_of_some_kinds_only_and_by_colour():
             assert question.domain is None
     assert len({q.domain for q in questions}) == 7
     assert testbed.questions(0) == []
+    one = testbed.questions(3, seed=11, kinds="colour")
+    assert {q.kind for q in one} == {"colour"}
+
+
+def test_one_domain_of_photographs_needs_no_list():
+    assert {s.domain for s in testbed.photographs(2, domains="document")} == {"document"}
 
 
 def test_unknown_kinds_and_domains_of_questions_are_refused():

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from PIL.Image import Image
 from pydantic import BaseModel
 
 from neuronlens.errors import AtlasError, SampleError
 from neuronlens.neurons import NeuronSite
-from neuronlens.samples import LabelMap, Outline, Region, Sample, SampleRow, image_digest
+from neuronlens.samples import (
+    LabelMap,
+    Outline,
+    Region,
+    Sample,
+    SampleRow,
+    image_digest,
+)
 from neuronlens.tokens import Role
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Version of the folder's layout; a reader refuses any other."""
 
 
@@ -151,17 +160,22 @@ class SampleRecord(SampleRow):
     Attributes:
         position: In the sequence that was scanned; what `top.ids` hold.
         digests: SHA-256 of each image.
+        unit: What its block follows from: its group, or what its images show, in whatever form
+            they were given.
         in_memory: Whether an image or a label map was no file, so that the sample must be
             passed again to be looked at.
     """
 
     position: int
     digests: list[str]
+    unit: str
     in_memory: bool = False
 
     @classmethod
-    def of(cls, sample: Sample, position: int) -> SampleRecord:
-        """The record of a sample."""
+    def of(
+        cls, sample: Sample, position: int, pictures: Sequence[Image] | None = None
+    ) -> SampleRecord:
+        """The record of a sample; `pictures` are its images, opened, if they are at hand."""
         paths = [str(source.absolute()) for source in sample.images if isinstance(source, Path)]
         labels: dict[tuple[str, int], dict[int, list[str]]] = {}
         regions: list[Region] = []
@@ -188,8 +202,10 @@ class SampleRecord(SampleRow):
                 for (path, image), names in labels.items()
             ],
             regions=regions,
+            group=sample.group,
             position=position,
             digests=[image_digest(source) for source in sample.images],
+            unit=sample.unit(pictures),
             in_memory=in_memory,
         )
 
@@ -216,4 +232,5 @@ class SampleRecord(SampleRow):
 
     def fingerprint(self) -> bytes:
         """What makes the sample this one, wherever its files lie."""
-        return json.dumps([self.id, self.digests, self.prompt, self.response, self.domain]).encode()
+        told = [self.id, self.digests, self.prompt, self.response, self.domain, self.group]
+        return json.dumps(told).encode()

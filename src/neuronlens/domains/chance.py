@@ -47,6 +47,12 @@ class ModuleChance:
     chosen: Bool[np.ndarray, " neuron"]
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """How many blocks of each domain count. With few, the test has little power."""
+        there = (self.used & (self.counts.size > 0)).sum(1).tolist()
+        return dict(zip(self.counts.domains, there, strict=True))
+
+    @property
     def tested(self) -> int:
         """How many neurons fired, so that there was something to test."""
         return int((~np.isnan(self.p)).sum())
@@ -120,7 +126,11 @@ class Chance:
         said = ", ".join(
             f"{name} {n['specific']} of {n['tested']}" for name, n in self.counts().items()
         )
-        return f"Chance({said} specific at q={self.q}, {self.draws} draws)"
+        few = min((min(m.blocks.values()) for m in self.modules.values()), default=0)
+        return (
+            f"Chance({said} specific at q={self.q}, {self.draws} draws, {few} blocks or more of a "
+            "domain)"
+        )
 
     def _repr_html_(self) -> Html:
         rows = [
@@ -131,13 +141,15 @@ class Chance:
                 f"{n['specific']:,}",
                 f"{n['chosen_specific']:,} of {n['chosen']:,}",
                 f"{self.least(name):,}",
+                ", ".join(f"{d} {n}" for d, n in self.modules[name].blocks.items()),
             ]
             for name, n in self.counts().items()
         ]
-        head = ["module", "tested", "p <= 0.05", "specific", "of the chosen", "least"]
+        head = ["module", "tested", "p <= 0.05", "specific", "of the chosen", "least", "blocks"]
         title = (
             f"DAPE lower than chance: {self.draws:,} draws, at most {self.q:.0%} false. None is "
-            "called specific before as many as `least` reach the smallest p-value."
+            "called specific before as many as 'least' reach the smallest p-value. With few blocks "
+            "of a domain there is little that could be told from chance."
         )
         return table(head, rows, title)
 

@@ -24,11 +24,13 @@ class ModuleIntervals:
     """Between what values of a module 95 % of the resamples lie.
 
     Attributes:
-        rates: Of each activation probability; NaN where a domain's samples all lie in one block.
+        rates: Of each activation probability; NaN where one block of a domain is used, because all
+            its samples are in it, or because the budget leaves no more.
         dape: Of each DAPE. Resamples are noisier than the data, and noise lowers DAPE, so this
             interval lies low. NaN where a neuron fires in so few samples that it is silent in some
-            resample, or where a domain's samples all lie in one block.
-        counts: By domain, of how many chosen neurons belong to it.
+            resample, or where one block of some domain is used.
+        counts: By domain, of how many chosen neurons belong to it; NaN where one block of some
+            domain is used.
         frequency: In what share of the resamples a neuron is chosen.
     """
 
@@ -198,6 +200,8 @@ def module_intervals(
         choice = choose(counts.rates(each), rule, rng)
         chosen[choice.rows] += 1
         members[number] = choice.member.sum(0)
+    if alone.any():  # a block that is always drawn would look certain
+        members[:] = np.nan
     low, high = np.quantile(members, _ENDS, axis=0)
     ends = zip(low.tolist(), high.tolist(), strict=True)
     return ModuleIntervals(

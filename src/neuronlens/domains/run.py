@@ -168,9 +168,13 @@ def _domains(atlas: Atlas, asked: Sequence[str] | None) -> tuple[str, ...]:
                     "domain with samples in this atlas", domain, [d for d in have if d]
                 )
     if len(named) < 2:
-        said = f"only {named[0]!r}" if named else "none: its samples have no domain"
         if asked is not None:
-            said += " was asked for" if named else ""
+            known = ", ".join(repr(domain) for domain in have if domain)
+            raise DataError(
+                f"Domains are compared with each other, and domains={list(named)} was given. Give "
+                f"two or more of {known or 'an atlas with domains'}."
+            )
+        said = f"only {named[0]!r}" if named else "none: its samples have no domain"
         raise DataError(
             f"Domains are compared with each other, and of this atlas there is {said}. Scan "
             "samples of two domains or more, with `domain` set on each."

@@ -59,7 +59,7 @@ class Averager:
                     sample.id, "non-finite states", "the model gives NaN or infinity."
                 )
                 continue
-            totals.add(self.group(sample), kind[mine], values[:, mine])
+            totals.add(self.group(sample), sample.unit(), kind[mine], values[:, mine])
             usable += 1
         return usable
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from neuronlens.errors import MissingExtraError, SampleError, UnknownNameError
 from neuronlens.samples import Sample
@@ -65,6 +65,13 @@ class EntropyCurves:
     divergence: Float[np.ndarray, "group kind layer"] | None = None
     agreement: Float[np.ndarray, "group kind layer"] | None = None
     skipped: Mapping[str, SampleError] | None = None
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(
+            f"{count:,} {kind}" for kind, count in zip(KINDS, self.tokens.sum(0), strict=True)
+        )
+        groups = f"{len(self.groups)} group{'s' if len(self.groups) != 1 else ''}"
+        return f"EntropyCurves({len(self.layers)} layers, {groups}, {tokens} tokens)"
 
     def curve(self, kind: str, group: str | None = None) -> Float[np.ndarray, " layer"]:
         """Mean entropy by layer.
@@ -154,28 +161,31 @@ class Totals:
     """Sums over each sample's tokens, from which means and intervals are made.
 
     A sum is kept for every sample, because tokens of one sample are not independent: samples are
-    resampled, not tokens.
+    resampled, not tokens; and all samples of the same images, or of one group, together.
     """
 
     def __init__(self, layers: int, measures: int) -> None:
         self._shape = len(KINDS), layers, measures
         self._group: list[str] = []
+        self._unit: list[str] = []
         self._sums: list[Float[np.ndarray, "kind layer measure"]] = []
         self._counts: list[Int[np.ndarray, " kind"]] = []
 
     def add(
         self,
         group: str,
+        unit: str,
         kind: Int[np.ndarray, " token"],
         values: Float[np.ndarray, "layer token measure"],
     ) -> None:
-        """Add one sample's tokens; `kind` is each one's number in `KINDS`."""
+        """Add one sample's tokens; `kind` is each one's number in `KINDS`, `unit` its images."""
         sums, counts = np.zeros(self._shape), np.zeros(len(KINDS), np.int64)
         for number in range(len(KINDS)):
             mine = kind == number
             counts[number] = mine.sum()
             sums[number] = values[:, mine].sum(1, dtype=np.float64)
         self._group.append(group)
+        self._unit.append(unit)
         self._sums.append(sums)
         self._counts.append(counts)
 
@@ -193,12 +203,15 @@ class Totals:
         groups = tuple(dict.fromkeys(self._group))
         sums, counts = np.array(self._sums), np.array(self._counts)
         of = np.array([groups.index(each) for each in self._group])
+        units = np.unique(self._unit, return_inverse=True)[1]
         means, intervals = [], []
         for number in range(len(groups)):
             mine_s, mine_c = sums[of == number], counts[of == number]
             means.append(_mean(mine_s.sum(0), mine_c.sum(0)))
             rng = np.random.default_rng([seed, number])
-            intervals.append(_interval(mine_s[..., 0], mine_c, resamples, rng))
+            unit = units[of == number]
+            joined = _by_unit(mine_s[..., 0], unit), _by_unit(mine_c, unit)
+            intervals.append(_interval(*joined, resamples, rng))
         mean = np.array(means)
         compared = mean.shape[-1] > 1
         return EntropyCurves(
@@ -216,6 +229,16 @@ class Totals:
         )
 
 
+def _by_unit(
+    values: Shaped[np.ndarray, "sample ..."], unit: Int[np.ndarray, " sample"]
+) -> Shaped[np.ndarray, "unit ..."]:
+    """Sums over the samples of each unit, in the order of their names."""
+    names, place = np.unique(unit, return_inverse=True)
+    sums = np.zeros((len(names), *values.shape[1:]), values.dtype)
+    np.add.at(sums, place, values)
+    return sums
+
+
 def _mean(
     sums: Float[np.ndarray, "kind layer measure"], counts: Int[np.ndarray, " kind"]
 ) -> Float[np.ndarray, "kind layer measure"]:
@@ -224,12 +247,12 @@ def _mean(
 
 
 def _interval(
-    sums: Float[np.ndarray, "sample kind layer"],
-    counts: Int[np.ndarray, "sample kind"],
+    sums: Float[np.ndarray, "unit kind layer"],
+    counts: Int[np.ndarray, "unit kind"],
     resamples: int,
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "kind layer 2"]:
-    """Percentiles of the mean over tokens of resampled samples, those with such tokens."""
+    """Percentiles of the mean over tokens of resampled units, those with such tokens."""
     found = np.full((*sums.shape[1:], 2), np.nan)
     for kind in range(counts.shape[1]):
         here = counts[:, kind] > 0

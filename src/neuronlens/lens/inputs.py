@@ -63,7 +63,7 @@ class MeanInputs:
         at = self._chosen.to(activation.device)
         if isinstance(activation, Routed):
             expert = activation.expert[at].reshape(-1)
-            values = activation.values[at].reshape(-1, site.width).double().nan_to_num()
+            values = activation.values[at].reshape(-1, site.width).double()
             total = values.new_zeros(site.experts + 1, site.width)
             total.index_add_(0, torch.where(expert < 0, site.experts, expert), values)
             total = total[:-1].flatten()

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from neuronlens.adapters import ModelAdapter, SiteSelection
+from neuronlens.adapters import ModelAdapter, SiteSelection, require_adapter
 from neuronlens.errors import AdapterError, DataError, SampleError, UnknownNameError
 from neuronlens.hooks import refuse_compiled
 from neuronlens.lens.averages import Averager
@@ -66,10 +66,12 @@ class LogitLens:
                 computed from them. Fewer bytes are smaller chunks, and slower.
 
         Raises:
-            AdapterError: If the model has no such way, no weights, or is in training mode.
+            AdapterError: If the model has no such way, no weights, or is in training mode; if
+                it is given itself, and not its adapter.
             CaptureError: If the model is compiled.
             ValueError: If `memory` is no positive number.
         """
+        require_adapter(adapter)
         if memory < 1:
             raise ValueError(f"memory is {memory} bytes. Give a positive number, such as 2**28.")
         refuse_compiled(adapter.model)
@@ -301,16 +303,16 @@ class LogitLens:
 
     def contributions(
         self,
-        neurons: Iterable[NeuronId | str],
-        words: Sequence[str | int] | None = None,
+        neurons: NeuronId | str | Iterable[NeuronId | str],
+        words: str | int | Sequence[str | int] | None = None,
         *,
         norm: NormPart = "scale",
     ) -> Float[np.ndarray, "neuron word"]:
         """Logits that neurons add, per unit of what their down projection takes.
 
         Args:
-            neurons: Which neurons.
-            words: Of which words, or their numbers; all by default.
+            neurons: Which neurons, one or more.
+            words: Of which words, one or more, or their numbers; all by default.
             norm: As in `writes`.
 
         Returns:
@@ -320,6 +322,8 @@ class LogitLens:
             UnknownNameError: If there is no such neuron or word.
             AdapterError: As in `writes`.
         """
+        neurons = [neurons] if isinstance(neurons, (NeuronId, str)) else neurons
+        words = [words] if isinstance(words, (str, int)) else words
         several = [NeuronId.parse(n) if isinstance(n, str) else n for n in neurons]
         numbers = None if words is None else [self._number(word) for word in words]
         return self._readout(norm).of(several, numbers, self._decoder.size)
@@ -368,10 +372,15 @@ class LogitLens:
             AdapterError: As in `writes`.
             DataError: If no token of the samples is chosen.
             SampleError: If no sample can be used.
-            ValueError: If n or `batch_size` is below 1.
+            ValueError: If n or `batch_size` is below 1, or `at` is given without samples.
         """
         if n < 1 or batch_size < 1:
             raise ValueError(f"n is {n} and batch_size {batch_size}: give at least 1.")
+        if samples is None and at != "before":
+            raise ValueError(
+                f"at={at!r} says at which tokens of samples inputs are averaged, and no samples "
+                "were given: give samples=, or leave out at=."
+            )
         number = self._number(word)
         readout = self._readout(norm)
         chosen = writing_sites(self.adapter, sites)

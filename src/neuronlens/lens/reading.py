@@ -57,6 +57,12 @@ class LensReading:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def __repr__(self) -> str:
+        return (
+            f"LensReading({len(self)} tokens, {len(self.layers)} layers, "
+            f"{self.ids.shape[2]} of {self.words:,} words)"
+        )
+
     def candidates(self, layer: int, token: int) -> list[tuple[str, float]]:
         """Text and probability of the likeliest words.
 
@@ -124,6 +130,7 @@ class LensReading:
             columns = [str(rank + 1) for rank in range(self.ids.shape[2])]
             ids, probabilities = self.ids[:, 0], self.probabilities[:, 0]
             title = f"token {self.label(0)}"
+            title += f" of {self.samples[0].id}" if len(self.samples) == 1 else ""
         else:
             shown = min(len(self), SHOWN)
             columns = [self.label(token) for token in range(shown)]
@@ -151,5 +158,6 @@ class LensReading:
         ink = ";color:#fff" if probability > 0.55 else ""
         return (
             f'<td style="{_CELL};background:rgba(31,85,186,{probability:.3f}){ink}" '
-            f'title="{probability:.4f}">{escaped(visible(self.texts[word]))}</td>'
+            f'title="{probability:.4f}">{escaped(visible(self.texts[word]))} '
+            f'<span style="font-size:85%;opacity:0.7">{probability:.2f}</span></td>'
         )

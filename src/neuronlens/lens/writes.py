@@ -51,6 +51,16 @@ class NeuronWrites:
         """Text of the words it raises."""
         return [self.texts[int(word)] for word in self.raised]
 
+    def __repr__(self) -> str:
+        raised, lowered = (
+            ", ".join(
+                f"{visible(self.texts[int(word)])} {by:+.2f}"
+                for word, by in zip(words[:3], values[:3], strict=True)
+            )
+            for words, values in ((self.raised, self.raised_by), (self.lowered, self.lowered_by))
+        )
+        return f"NeuronWrites({self.neuron}: raises {raised}; lowers {lowered})"
+
     def _repr_html_(self) -> Html:
         rows = [
             [visible(self.texts[int(a)]), f"{x:+.3f}", visible(self.texts[int(b)]), f"{y:+.3f}"]

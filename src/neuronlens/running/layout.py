@@ -14,7 +14,10 @@ from torch import Tensor
 from neuronlens.tokens import Role, TokenMap
 
 BLOCKS = 16
-"""Samples are dealt by a hash of their id to this many blocks, for bootstrap and permutation."""
+"""Samples are dealt by a hash of their group, or of their images, to this many blocks.
+
+So samples that are not independent are in one block, for bootstrap and permutation.
+"""
 
 COUNTED = (Role.SPECIAL, Role.PROMPT, Role.RESPONSE, Role.VISUAL)
 """Roles with a running maximum, firing count and mean each; padding has none."""
@@ -23,9 +26,9 @@ Rows = slice | Tensor
 """Rows of the flat token axis: a slice where they lie side by side, else their positions."""
 
 
-def block_of(sample_id: str) -> int:
-    """The block of a sample, the same in every process and for ever."""
-    return hashlib.sha256(sample_id.encode()).digest()[0] % BLOCKS
+def block_of(unit: str) -> int:
+    """The block of a sample's unit, the same in every process and for ever."""
+    return hashlib.sha256(unit.encode()).digest()[0] % BLOCKS
 
 
 @dataclass(frozen=True)

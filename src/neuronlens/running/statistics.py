@@ -24,13 +24,13 @@ class Incoming:
 
     Attributes:
         positions: Each sample's position in the caller's sequence.
-        sample_ids: Each sample's own id; its hash gives the block.
+        units: What each sample's block follows from: its group, or its images.
         domains: Each sample's domain.
         keep: False for samples that are skipped; on the CPU.
     """
 
     positions: Sequence[int]
-    sample_ids: Sequence[str]
+    units: Sequence[str]
     domains: Sequence[str]
     keep: Bool[Tensor, " sample"]
 
@@ -72,7 +72,7 @@ class Incoming:
     def blocks(self) -> Mapping[str, Int[Tensor, " row"]]:
         """By domain, the blocks of its samples that are kept, on the CPU."""
         return {
-            domain: torch.tensor([block_of(self.sample_ids[row]) for row in rows.tolist()])
+            domain: torch.tensor([block_of(self.units[row]) for row in rows.tolist()])
             for domain, rows in self.rows.items()
         }
 

@@ -65,6 +65,7 @@ class SampleRow(BaseModel):
             ["cat", "animal"]}}`.
         regions: Named regions as outlines: `{"names": ["cat", "animal"], "size": [480, 640],
             "polygons": [[10, 10, 20, 10, 20, 20]]}`, or with `counts` in place of `polygons`.
+        group: Of samples that are not independent of each other, as in `Sample`.
     """
 
     id: str | int | None = None
@@ -74,6 +75,7 @@ class SampleRow(BaseModel):
     domain: str | None = None
     annotations: list[LabelMap] = Field(default_factory=list)
     regions: list[Region] = Field(default_factory=list)
+    group: str | None = None
 
     def sample(self, folder: Path, fallback_id: str) -> Sample:
         """The sample, with its paths made absolute.
@@ -97,6 +99,7 @@ class SampleRow(BaseModel):
             response=self.response,
             domain=self.domain,
             annotations=(*mapped, *outlined),
+            group=self.group,
         )
 
 

@@ -27,7 +27,8 @@ def as_sample(item: Any, position: int) -> Sample:
     Args:
         item: A `Sample`, or a mapping with `image` or `images` (pictures, paths, bytes, or what
             Hugging Face gives for an undecoded image), `prompt`, and optionally `response`, `id`,
-            `domain`; or with LLaVA's `conversations`, of which the first exchange is read.
+            `domain` and `group`; or with LLaVA's `conversations`, of which the first exchange is
+            read.
         position: In the data; the id of a row that has none.
 
     Raises:
@@ -43,13 +44,14 @@ def as_sample(item: Any, position: int) -> Sample:
     prompt, response = _texts(item, position)
     given = item.get("image") if item.get("image") is not None else item.get("images")
     several = given if isinstance(given, (list, tuple)) else [given]
-    identity, domain = item.get("id"), item.get("domain")
+    identity, domain, group = (item.get(name) for name in ("id", "domain", "group"))
     return Sample(
         id=str(position if identity is None else identity),
         images=tuple(_picture(each, position) for each in several if each is not None),
         prompt=prompt,
         response=response,
         domain=None if domain is None else str(domain),
+        group=None if group is None else str(group),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +79,9 @@ class Sample:
         response: The text whose tokens the papers look at; None where there is none.
         domain: Name of the domain, for domain-specific neurons.
         annotations: Named regions, where the data set has them.
+        group: Samples of one group are not independent of each other, such as crops of a
+            photograph or frames of a video; statistics keep them together. By default,
+            samples of the same images are a group.
     """
 
     id: str
@@ -86,6 +90,7 @@ class Sample:
     response: str | None = None
     domain: str | None = None
     annotations: tuple[Annotation, ...] = ()
+    group: str | None = None
 
     def __post_init__(self) -> None:
         """Take paths as text, and a single image without a tuple, for what they mean."""
@@ -122,6 +127,18 @@ class Sample:
                 raise SampleError(self.id, "corrupt image", f"{named}: {said}.") from e
         return opened
 
+    def unit(self, pictures: Sequence[Image.Image] | None = None) -> str:
+        """What is drawn or dealt as a whole by intervals and tests: its group, or its images.
+
+        Args:
+            pictures: Its images, opened: then what they show counts, in whatever form they were
+                given. Without, files count by their bytes; one that cannot be read by its path.
+        """
+        if self.group is not None:
+            return f"group {self.group}"
+        known = [_known_as(each) for each in (self.images if pictures is None else pictures)]
+        return "+".join(known) or f"sample {self.id}"
+
     def concepts(self) -> frozenset[str]:
         """Every name its annotations carry."""
         return frozenset(name for each in self.annotations for name in each.names)
@@ -135,3 +152,10 @@ def image_digest(source: Picture) -> str:
         ).hexdigest()
     data = source if isinstance(source, bytes) else source.read_bytes()
     return hashlib.sha256(data).hexdigest()
+
+
+def _known_as(source: Picture) -> str:
+    try:
+        return image_digest(source)
+    except OSError:
+        return f"unreadable: {source}"

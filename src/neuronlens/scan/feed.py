@@ -82,7 +82,8 @@ class Encoder(Dataset[Encoded]):
         for position, sample in planned.placed:
             try:
                 ready.append(self._prepared(sample))
-                records[sample.id] = SampleRecord.of(sample, position)
+                pictures = ready[-1].images
+                records[sample.id] = SampleRecord.of(sample, position, pictures)
             except SampleError as error:
                 skip(error)
         batch: Batch | None = None

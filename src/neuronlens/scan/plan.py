@@ -86,7 +86,10 @@ class Plan:
         position = self.positions
         sample = as_sample(item, position)
         self.positions += 1
-        told = [sample.id, sample.prompt, sample.response, sample.domain, len(sample.images)]
+        told = [
+            *(sample.id, sample.prompt, sample.response, sample.domain, sample.group),
+            len(sample.images),
+        ]
         self._hash.update(repr(told).encode())
         known = hashlib.blake2b(sample.id.encode(), digest_size=16).digest()
         if known in self._ids:

@@ -198,7 +198,7 @@ class ScanState:
         if records:
             incoming = Incoming(
                 [each.position for each in encoded.records],
-                [str(each.id) for each in encoded.records],
+                [each.unit for each in encoded.records],
                 [each.domain or "" for each in encoded.records],
                 keep,
             )

@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 def questions(
     n: int,
     seed: int = 0,
-    kinds: Sequence[str] | None = None,
+    kinds: str | Sequence[str] | None = None,
     *,
     domain: Literal["background", "colour"] = "background",
 ) -> list[Question]:
@@ -44,14 +44,14 @@ def questions(
     Args:
         n: How many.
         seed: Of the scenes; those of `scenes(seed=...)` with the same seed are the same.
-        kinds: Some of `colour`, `shape`, `size`, `count` and `background`; None for all.
+        kinds: One or more of `colour`, `shape`, `size`, `count` and `background`; None for all.
         domain: What the domain is: the scene's background texture, or the colour that is asked
             for or about (None in a question without one).
 
     Raises:
         UnknownNameError: If there is no such kind or domain.
     """
-    chosen = KINDS if kinds is None else tuple(kinds)
+    chosen = (kinds,) if isinstance(kinds, str) else KINDS if kinds is None else tuple(kinds)
     for each in chosen:
         if each not in KINDS:
             raise UnknownNameError("kind of question", each, KINDS)

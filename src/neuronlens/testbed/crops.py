@@ -48,13 +48,13 @@ DOMAINS: Final = (*_FILES, "handwriting")
 SMALLEST: Final = 96
 LARGEST: Final = 224
 _FLAT: Final = 4.0
-_NAME = re.compile(r"photograph-([a-z0-9_]+)-\d+-\d+(?:-\d+)?")
+_NAME = re.compile(r"photograph-([a-z0-9_]+)-\d+-\d+")
 
 
 def photographs(
     n: int,
     seed: int = 0,
-    domains: Sequence[str] | None = None,
+    domains: str | Sequence[str] | None = None,
     *,
     prompt: str = PROMPT,
     response: str | None = None,
@@ -70,27 +70,28 @@ def photographs(
     neither. A crop that is nearly one grey is drawn again.
 
     Crops of one photograph are not independent samples, and there are few photographs: a
-    domain has 2 to 12 sources (`source_of` names a crop's). So by default ids end in a number
-    that puts all crops of one source into one block of the scan: intervals and permutations
-    over blocks then treat the photograph as the unit. Such a test knows little of a domain
-    with two sources, and that is true. With so few sources, a neuron of a "domain" may as well
-    be one of a photograph.
+    domain has 2 to 12 sources (`source_of` names a crop's). So by default all crops of one
+    source are a group, and groups of a domain lie in different blocks of a scan: intervals and
+    permutations over blocks then treat the photograph as the unit. Such a test knows little of
+    a domain with two sources, and that is true. With so few sources, a neuron of a "domain" may
+    as well be one of a photograph.
 
     Args:
         n: Crops per domain; source and crop of each do not depend on `n`.
         seed: Of the crops.
-        domains: Some of `DOMAINS`; None for all.
+        domains: One or more of `DOMAINS`; None for all.
         prompt: The text beside each image; the default is what the testbed was trained with.
         response: The text said about each image; None for identification.
-        blocks: `"source"`, or `"sample"` to let every crop fall into a block by its own id,
-            as if all were independent.
+        blocks: `"source"`, or `"sample"` to let every crop fall into a block by itself, as if
+            all were independent.
 
     Raises:
         MissingExtraError: If a package is not installed: the extra `photographs` brings both.
         UnknownNameError: If there is no such domain, or no such way to deal blocks.
         DataError: If an installed package does not hold a picture that is needed.
     """
-    chosen = DOMAINS if domains is None else tuple(domains)
+    several = (domains,) if isinstance(domains, str) else domains
+    chosen = DOMAINS if several is None else tuple(several)
     for each in chosen:
         if each not in DOMAINS:
             raise UnknownNameError("domain of photographs", each, DOMAINS)
@@ -105,11 +106,12 @@ def photographs(
             name = f"photograph-{sources[place]}-{seed}-{number}"
             samples.append(
                 Sample(
-                    id=_in_block(name, place) if blocks == "source" else name,
+                    id=name,
                     images=(_drawn(domain, sources[place], rng),),
                     prompt=prompt,
                     response=response,
                     domain=domain,
+                    group=_group(sources[place], place) if blocks == "source" else None,
                 )
             )
     return samples
@@ -135,15 +137,15 @@ def _sources(domain: str) -> list[str]:
     return [name.split(".")[0] for name in _FILES[domain]]
 
 
-def _in_block(name: str, place: int) -> str:
-    """The id with the smallest number behind it that puts it into the block of its source.
+def _group(source: str, place: int) -> str:
+    """A group's name, with the smallest number that puts it into the block of its source.
 
     Sources of one domain have different blocks, as long as there are enough.
     """
     salt = 0
-    while block_of(f"{name}-{salt}") != place % BLOCKS:
+    while block_of(Sample("", (), "", group=f"{source}-{salt}").unit()) != place % BLOCKS:
         salt += 1
-    return f"{name}-{salt}"
+    return f"{source}-{salt}"
 
 
 def _drawn(domain: str, source: str, rng: np.random.Generator) -> Image.Image:
