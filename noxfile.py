@@ -93,7 +93,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation; warnings are errors."""
-    session.install("-e", ".[chat,report,table]", *MODEL, *DOCS)
+    session.install("-e", ".[chat,photographs,report,table]", *MODEL, *DOCS)
     _docs(session)
 
 
@@ -117,7 +117,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def examples(session: nox.Session) -> None:
     """Every script and notebook in examples/, executed on the testbed."""
-    session.install("-e", ".[chat,report,table]", *MODEL, *DOCS)
+    session.install("-e", ".[chat,photographs,report,table]", *MODEL, *DOCS)
     _examples(session)
 
 

@@ -41,7 +41,9 @@ def main() -> None:
     plane = nl.principal_components(embeddings)
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "figure-2.png"
-    nl.figures.embedding_plane(embeddings, plane).savefig(path, dpi=200)
+    figure = nl.figures.embedding_plane(embeddings, plane)
+    figure.suptitle(vlm.name)
+    figure.savefig(path, dpi=200)
 
     names = np.array(embeddings.domains)
     domains = sorted(set(embeddings.domains))

@@ -61,7 +61,7 @@ def main() -> None:
     print(f"Random: as many of the same layers, {given.seeds} draws. 95 % intervals over images.")
 
 
-def percent(mean: nl.Estimate) -> str:
+def percent(mean) -> str:
     low, high = mean.interval or (mean.value, mean.value)
     return f"{100 * mean.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 

@@ -61,10 +61,11 @@ def test_the_readme_example_runs_unchanged_on_either_kind_of_file(form, tmp_path
             exec(compile(asking, "README.md", "exec"), names)
         assert len(nl.Study.open("asked").exchanges(names["some"][0])) == 1 + 5
         write_pmc_vqa(Path("pmc"), names["samples"][:8])
-        assert needed.count('"medical"') == 3
-        exec(compile(needed.replace('"medical"', '"striped"'), "README.md", "exec"), names)
+        write_docvqa(Path("docvqa"), names["samples"][8:14])
+        exec(compile(needed, "README.md", "exec"), names)
+        assert names["chosen"]
         answers = nl.Evaluation.open("answers")
-        assert answers.conditions == ("none", "striped", "random")
+        assert answers.conditions == ("none", "medical", "random")
         assert len(answers.questions) == 8
 
 
@@ -77,6 +78,17 @@ def write_pmc_vqa(folder: Path, samples: list[nl.Sample]) -> None:
         shutil.copy(sample.images[0], folder / "images" / f"{number}.png")
         lines.append(f"{number}.png,what is the background ?,plain,A:plain,B:striped,C:x,D:y,A")
     (folder / "test_clean.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_docvqa(folder: Path, samples: list[nl.Sample]) -> None:
+    """Questions about the samples' images, as DocVQA has them."""
+    (folder / "documents").mkdir(parents=True)
+    rows = []
+    for number, sample in enumerate(samples):
+        shutil.copy(sample.images[0], folder / "documents" / f"{number}.png")
+        asked = {"questionId": number, "question": "what shape is it ?", "answers": ["ring"]}
+        rows.append({**asked, "image": f"documents/{number}.png", "docId": number})
+    (folder / "val_v1.0_withQT.json").write_text(json.dumps({"data": rows}))
 
 
 def test_ci_runs_exactly_the_readmes_test_command():

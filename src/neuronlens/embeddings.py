@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from neuronlens.adapters import ModelAdapter
+from neuronlens.adapters import ModelAdapter, require_adapter
 from neuronlens.errors import AdapterError
 from neuronlens.hooks import Call, Point, attached, refuse_compiled, uncompiled
 from neuronlens.neurons import NeuronSite
@@ -63,6 +63,15 @@ class PrincipalComponents:
     explained: Float[np.ndarray, " component"]
     mean: Float[np.ndarray, " width"]
 
+    def __repr__(self) -> str:
+        count, components = self.scores.shape
+        shares = ", ".join(f"{share:.1%}" for share in self.explained[:5])
+        more = ", ..." if components > 5 else ""
+        return (
+            f"PrincipalComponents({count} vectors, {components} directions: {shares}{more} of the "
+            "variance)"
+        )
+
 
 def image_embeddings(
     adapter: ModelAdapter,
@@ -96,10 +105,12 @@ def image_embeddings(
 
     Raises:
         AdapterError: If the model has no vision encoder of blocks, or its last block's output
-            has another shape than its tokens; if the model is in training mode.
+            has another shape than its tokens; if the model is in training mode, or is given
+            itself, and not its adapter.
         SampleError: If a sample cannot be used.
         ValueError: If there is no sample.
     """
+    require_adapter(adapter)
     if not samples:
         raise ValueError("No samples given: give at least one with an image.")
     if batch_size < 1:

@@ -96,7 +96,7 @@ def attached(
             f"{len(missing)} of {len(points)} hooked modules never ran: "
             f"{', '.join(sorted(missing)[:8])}{', ...' if len(missing) > 8 else ''}. "
             "Call the whole model, with an image, inside the block. If it was, a fused kernel "
-            "took their place: load the model without kernels."
+            "took their place: load the model without kernels. Or is the adapter of another model?"
         )
 
 

@@ -4,7 +4,14 @@ What the adapter of another family is written with is here; see docs/adapters.md
 """
 
 from neuronlens.adapters import families as _families  # noqa: F401 - registers them
-from neuronlens.adapters.base import ModelAdapter, SiteSelection, adapt, get, register
+from neuronlens.adapters.base import (
+    ModelAdapter,
+    SiteSelection,
+    adapt,
+    get,
+    register,
+    require_adapter,
+)
 from neuronlens.adapters.change import Change, Edit, Rows
 from neuronlens.adapters.decoding import Decoding
 from neuronlens.adapters.discover import Block, feed_forward_blocks, special_block
@@ -68,6 +75,7 @@ __all__ = [
     "queries",
     "raster",
     "register",
+    "require_adapter",
     "resized_and_cropped",
     "rows",
     "special",

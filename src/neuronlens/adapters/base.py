@@ -408,6 +408,19 @@ class ModelAdapter(ABC):
         return table(["module", "sites", "width", "neurons", "inert sites"], rows, title)
 
 
+def require_adapter(given: object) -> None:
+    """Refuse what is no adapter, such as the bare model, or arguments in another order.
+
+    Raises:
+        AdapterError: If it is none.
+    """
+    if not isinstance(given, ModelAdapter):
+        raise AdapterError(
+            f"A {type(given).__name__} was given as the adapter. Give first what "
+            "nl.adapt(model, processor) returns."
+        )
+
+
 Family = TypeVar("Family", bound=type[ModelAdapter])
 _registry: dict[str, type[ModelAdapter]] = {}
 

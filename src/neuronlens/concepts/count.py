@@ -18,13 +18,16 @@ from neuronlens.exemplars import Exemplar
 from neuronlens.explain import Modality, modalities
 from neuronlens.neurons import NeuronId
 
-LEAST: Final = 0.05
+LEAST: Final = 0.03
 """Share of the variance that a further concept must add."""
 
 MOST: Final = 5
 
 ENOUGH: Final = 10
 """Fewer samples than this say nothing about how many concepts there are."""
+
+BEYOND: Final = 2
+"""A resample can count this many concepts more than all samples do: larger sets take long."""
 
 FIRES: Final = 3.0
 """Level, of 10, from which on a neuron fires: P1's "above 2" on whole numbers."""
@@ -146,7 +149,7 @@ class Rule:
             return {}, [float("nan")] * len(union)
         draws = np.ones((self.resamples, cover.samples))
         draws[:, :top] = rng.multinomial(top, np.full(top, 1 / top), size=self.resamples)
-        values, unions = cover.best(draws, self.most)
+        values, unions = cover.best(draws, min(self.most, len(union) + BEYOND))
         sizes = _sizes(values, price)
         shares = {int(size): float(np.mean(sizes == size)) for size in np.unique(sizes)}
         drawn = [
@@ -161,7 +164,7 @@ def _sizes(
     values: Float[np.ndarray, "size draw"], price: Sequence[float]
 ) -> Int[np.ndarray, " draw"]:
     """The size that explains most after its price, in each draw; of equal ones the smaller."""
-    total = np.concatenate([[0.0], np.cumsum(price)])
+    total = np.concatenate([[0.0], np.cumsum(price)])[: len(values)]
     return np.asarray((values - total[:, None]).argmax(0))
 
 

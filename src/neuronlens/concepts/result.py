@@ -108,9 +108,10 @@ class ConceptCount:
         if self.count is None:
             return f"ConceptCount({self.neuron}: {self.reason})"
         said = ", ".join(self.names) or "no known concept"
+        agree = f", {self.certainty:.0%} of the resamples agree" if self.shares else ""
         return (
-            f"ConceptCount({self.neuron}: {self.count} ({said}), explained {self.explained:.2f}, "
-            f"{self.certainty:.0%} of the resamples agree)"
+            f"ConceptCount({self.neuron}: {self.count} ({said}), explained {self.explained:.2f}"
+            f"{agree})"
         )
 
     def _repr_html_(self) -> Html:
@@ -121,7 +122,7 @@ class ConceptCount:
                 f"{each.explained:.2f}",
                 f"{each.gain:.2f}",
                 f"{each.share:.0%}",
-                f"{each.support:.0%}",
+                f"{each.support:.0%}" if self.shares else "-",
                 ", ".join(each.instead[:4]),
             )
             for each in self.concepts

@@ -7,14 +7,20 @@ from dataclasses import asdict
 
 from tqdm.auto import tqdm
 
-from neuronlens.adapters import ModelAdapter
+from neuronlens.adapters import ModelAdapter, require_adapter
 from neuronlens.atlas import Atlas
 from neuronlens.classify import Classification, NeuronClassifier
 from neuronlens.concepts.count import ENOUGH, LEAST, MOST, Rule
 from neuronlens.concepts.cover import SHUFFLES
 from neuronlens.concepts.profile import Vocabulary
 from neuronlens.concepts.result import ConceptCount
-from neuronlens.errors import AtlasError, DataError, RescanError, SampleError
+from neuronlens.errors import (
+    AtlasError,
+    DataError,
+    RescanError,
+    SampleError,
+    UnknownNameError,
+)
 from neuronlens.exemplars import exemplars
 from neuronlens.neurons import NeuronId
 from neuronlens.samples import Sample, as_sample
@@ -81,14 +87,17 @@ def count_concepts(
     Source: P1, appendix B.4, looks at the top 50 samples by eye; how to count is ours.
 
     Raises:
+        AdapterError: If what is given first is no adapter.
         AtlasError: If atlas, classification and model do not belong together, or the scanned
             samples were in memory and are not given.
         DataError: If images count and no sample names a concept, nor do `concepts`.
         RescanError: If the scan kept fewer than `n` samples of a neuron.
         SampleError: If none of the samples can be used.
-        UnknownNameError: If a neuron is not in the atlas.
+        UnknownNameError: If a neuron is not in the atlas, or no scanned sample's annotations or
+            text have any of `concepts` (where the segmenter reads annotations).
         ValueError: If a number makes no sense.
     """
+    require_adapter(adapter)
     rule = Rule(least, most, resamples, seed)
     if n < ENOUGH:
         raise ValueError(
@@ -115,6 +124,10 @@ def count_concepts(
     if concepts is None:
         _require_names(
             atlas, [x for x in fires if kinds.of(x) in ("visual", "multimodal")], samples, n
+        )
+    elif concepts and (segmenter is None or isinstance(segmenter, AnnotationSegmenter)):
+        _require_known(
+            atlas, {each: (words or {}).get(each, (each,)) for each in concepts}, samples
         )
     vocabulary = Vocabulary(segmenter or AnnotationSegmenter(), concepts, words or {})
     recorded = exemplars(
@@ -166,6 +179,35 @@ def _require_names(
         f"Images count for {seeing[0]}, and none of its top samples has an annotation that names "
         "anything. Add annotations (nl.annotate), or give a segmenter and what it is to look for: "
         'segmenter=..., concepts=["dog", "car"].'
+    )
+
+
+def _require_known(
+    atlas: Atlas, concepts: Mapping[str, Sequence[str]], samples: Sequence[Sample] | None
+) -> None:
+    """Refuse concepts of which the scanned samples know none, before anything is recorded.
+
+    Some of a long list may well be in no sample, so one that is known is enough.
+    """
+    known: set[str] = set()
+    for position in sorted(atlas.samples):
+        try:
+            given = atlas.sample(position) if samples is None else samples[position]
+            sample = as_sample(given, position)
+        except (IndexError, SampleError):
+            continue  # recording says what is wrong with it
+        names = {name.lower() for name in sample.concepts()}
+        text = f"{sample.prompt}\n{sample.response or ''}".lower()
+        for concept, words in concepts.items():
+            phrase = concept.lower().strip(" .")
+            is_named = phrase in names or set(phrase.split()) <= names
+            if is_named or any(word.lower().strip() in text for word in words):
+                return
+        known |= sample.concepts()
+    raise UnknownNameError(
+        "concept in annotations or text of the scanned samples",
+        next(iter(concepts)),
+        sorted(known),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ class Writer:
         groups: list[Group] = []
         for each in encoded:
             if self._trailing is None:
-                first = each.alone(self.encoder)[0]
+                rows = (each.row(self.encoder, row) for row in range(len(each.positions)))
+                first = next((one for one in rows if one is not None), each)
                 self._trailing = self._count_trailing(first)
                 self._require_beams(first)
             if len(each.positions) > 1 and not self._may_batch(each):
@@ -111,18 +113,19 @@ class Writer:
                 groups += self._by_room(each)
         return groups
 
-    def answers(self, group: Group, *, draw: int = 0) -> list[Written]:
+    def answers(self, group: Group, *, draw: tuple[int, int] = (0, 0)) -> list[Written]:
         """The answer of each row, with whatever is changed in the model at the moment.
 
         Args:
             group: The rows.
-            draw: Number of the batch, for sampling.
+            draw: Number of the batch, and of the group among its groups: what sampling draws
+                depends on them and on the seed.
         """
         heard = _Listener()
         how = self.generation.arguments(group.room)
         with torch.random.fork_rng(self._devices(), enabled=self.generation.do_sample):
             if self.generation.do_sample:
-                torch.manual_seed(self.seed * 1_000_003 + draw)
+                torch.manual_seed(_mixed(self.seed, *draw))
             rows = self._generated(group.inputs, heard, how)
         rows = self._without_prompt(rows, heard, group)
         stops = self._stops()
@@ -211,10 +214,7 @@ class Writer:
         """
         kind = "padded" if _is_padded(encoded) else "even"
         if kind not in self._batches:
-            role = encoded.batch.tokens["language"].role
-            row = int((role == Role.PAD).sum(1).argmax())
-            alone = [each[0] for each in self._first_steps(encoded.alone(self.encoder)[row])]
-            self._batches[kind] = bool(alone) and self._agrees(encoded, row, alone)
+            self._batches[kind] = self._agrees(encoded)
             if not self._batches[kind]:
                 _log.warning(
                     "%s may answer differently in a batch (%s) than alone, so questions are put to "
@@ -224,20 +224,35 @@ class Writer:
                 )
         return self._batches[kind]
 
-    def _agrees(self, encoded: Encoded, row: int, alone: list[Tensor]) -> bool:
-        """Whether the first tokens of a row of a batch are as probable as in the row alone."""
+    def _agrees(self, encoded: Encoded) -> bool:
+        """Whether first tokens are as probable in a batch as in its rows alone.
+
+        The most padded row and the last one are compared. What cannot be compared does not agree.
+        """
         beams = self.generation.num_beams
+        role = encoded.batch.tokens["language"].role
+        padded = int((role == Role.PAD).sum(1).argmax())
+        alone: dict[int, list[Tensor]] = {}
+        for row in (padded, len(encoded.positions) - 1):
+            one = encoded.row(self.encoder, row)
+            alone[row] = [] if one is None else [each[0] for each in self._first_steps(one)]
+            if not alone[row]:
+                return False
         try:
-            steps = [each[row] for each in self._first_steps(encoded)]
-            if beams > 1:
-                (first,) = self._first_steps(encoded, beams)
-                steps.insert(0, first[row * beams : (row + 1) * beams])
-                alone = [alone[0].expand_as(steps[0]), *alone]
+            together = self._first_steps(encoded)
+            first = self._first_steps(encoded, beams)[0] if beams > 1 else None
+            for row, steps in alone.items():
+                if not self._are_close(steps, [each[row] for each in together]):
+                    return False
+                if first is not None:
+                    several = first[row * beams : (row + 1) * beams]
+                    if not self._are_close([steps[0].expand_as(several)], [several]):
+                        return False
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
             return False  # alone it could
-        return self._are_close(alone, steps)
+        return True
 
     def _are_close(self, alone: list[Tensor], steps: list[Tensor]) -> bool:
         limit = _CLOSE.get(self.adapter.dtype, _CLOSE_IN_HALF)
@@ -267,7 +282,7 @@ class Writer:
                 f"generate() of {name} cannot follow {beams} beams, though it can follow one: "
                 f"{error}. Use one beam: generation=nl.GREEDY."
             ) from error
-        if not self._are_close([one[0].expand_as(several)], [several]):
+        if not self._are_close([one[0].repeat_interleave(beams, 0)], [several]):
             raise AdapterError(
                 f"generate() of {name} gives its {beams} beams something else than the prompt, so "
                 "their answers would be to other images. Use one beam: generation=nl.GREEDY."
@@ -305,7 +320,7 @@ class Writer:
     def _stops(self) -> set[int]:
         """Tokens that end an answer."""
         said = [self.generation.others.get("eos_token_id")]
-        said += [each.eos_token_id for each in _configs(self._model)]
+        said += [each.eos_token_id for each in generation_configs(self._model)]
         found: set[int] = set()
         for each in said:
             if isinstance(each, Tensor):
@@ -333,6 +348,12 @@ class _Listener:
         return scores
 
 
+def _mixed(*numbers: int) -> int:
+    """A seed made of several numbers."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 def _is_padded(encoded: Encoded) -> bool:
     return bool((encoded.batch.tokens["language"].role == Role.PAD).any())
 
@@ -348,7 +369,7 @@ def _behind(adapter: ModelAdapter, prepared: Prepared) -> list[int]:
     return ids[len(prepared.ids) :]
 
 
-def _configs(model: Any) -> list[Any]:
+def generation_configs(model: Any) -> list[Any]:
     """The generation configs of a model, and of the language model it may hand over to."""
     found = (getattr(module, "generation_config", None) for module in model.modules())
     return [each for each in found if each is not None]
@@ -361,7 +382,7 @@ def _undisturbed(model: Any, tokenizer: Any) -> Iterator[None]:
     `max_length` is one limit too many beside `max_new_tokens`; without a token for padding, that
     for the end is taken, with a warning.
     """
-    configs = _configs(model)
+    configs = generation_configs(model)
     before = [(each, each.max_length, each.pad_token_id) for each in configs]
     for each in configs:
         each.max_length = None

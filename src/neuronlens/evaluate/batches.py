@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from PIL.Image import Image
 
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Skipped
-from neuronlens.errors import SampleError
+from neuronlens.errors import DataError, NeuronLensError, SampleError
 from neuronlens.samples import Batch, Picture, Prepared, Sample, collate, image_digest, prepare
 
 Side = Literal["left", "right"]
@@ -36,10 +37,16 @@ class Encoded:
     batch: Batch
 
     def alone(self, encoder: Encoder) -> list[Encoded]:
-        """Every row by itself."""
+        """Every row by itself; one that can only be encoded in a batch is skipped by name."""
         if len(self.positions) == 1:
             return [self]
         return encoder.of(list(zip(self.positions, self.prepared, strict=True)), together=False)
+
+    def row(self, encoder: Encoder, row: int) -> Encoded | None:
+        """One row by itself; None if it can only be encoded in a batch, which is not noted."""
+        if len(self.positions) == 1:
+            return self
+        return encoder.one(self.positions[row], self.prepared[row])
 
 
 @dataclass(eq=False)
@@ -51,7 +58,6 @@ class Encoder:
         template: Whether the processor's chat template goes around a prompt.
         side: On which side shorter rows are padded.
         response: Whether every sample must have a response.
-        response: Whether samples need a response.
         skipped: What could not be encoded, so far.
     """
 
@@ -81,7 +87,11 @@ class Encoder:
         return self.of(ready)
 
     def of(self, ready: Sequence[tuple[int, Prepared]], *, together: bool = True) -> list[Encoded]:
-        """Prepared samples as one batch, or each by itself."""
+        """Prepared samples as one batch, or each by itself.
+
+        Raises:
+            AdapterError: If the adapter does not fit what the processor gives.
+        """
         if not ready:
             return []
         if together and len(ready) > 1:
@@ -89,11 +99,12 @@ class Encoder:
                 return [self._collated(ready)]
             except SampleError as error:
                 left = [each for each in ready if each[1].sample.id != error.sample_id]
-                (lost,) = (each for each in ready if each[1].sample.id == error.sample_id)
-                self.skip(lost[0], error)
-                return self.of(left)
+                if len(left) == len(ready) - 1:  # else one by one tells which of them it is
+                    (lost,) = (each for each in ready if each[1].sample.id == error.sample_id)
+                    self.skip(lost[0], error)
+                    return self.of(left)
             except (ArithmeticError, LookupError, TypeError, ValueError):
-                pass  # one sample's fault, or a processor that takes one at a time
+                pass  # a sample's fault, or a processor that takes one at a time: what follows tells
         found = []
         first_error: Exception | None = None
         for position, prepared in ready:
@@ -101,6 +112,8 @@ class Encoder:
                 found.append(self._collated([(position, prepared)]))
             except SampleError as error:
                 self.skip(position, error)
+            except NeuronLensError:
+                raise  # an adapter that does not fit is no sample's fault
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 if first_error is None and not self._has_worked and not found:
                     first_error = error
@@ -110,6 +123,21 @@ class Encoder:
         if first_error is not None and not found and not self._has_worked:
             raise first_error  # nothing ever worked: it is not the samples' fault
         return found
+
+    def one(self, position: int, prepared: Prepared) -> Encoded | None:
+        """A prepared sample by itself; None if it cannot be encoded, which is not noted.
+
+        Raises:
+            AdapterError: If the adapter does not fit what the processor gives.
+        """
+        try:
+            return self._collated([(position, prepared)])
+        except SampleError:
+            return None
+        except NeuronLensError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return None
 
     def skip(self, position: int, error: SampleError) -> None:
         """Note a sample that cannot be used."""
@@ -135,6 +163,21 @@ def padded_on(adapter: ModelAdapter, side: Side) -> Iterator[None]:
         yield
     finally:
         tokenizer.padding_side = before
+
+
+def require_own_ids(samples: Sequence[Sample]) -> None:
+    """Refuse samples that cannot be told apart.
+
+    Raises:
+        DataError: If an id occurs twice.
+    """
+    counted = Counter(each.id for each in samples)
+    twice = [id for id, count in counted.items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} ids occur more than once, such as {twice[0]!r}: give each sample an id "
+            "of its own."
+        )
 
 
 def parts(count: int, size: int) -> Iterator[range]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from neuronlens.adapters import ModelAdapter
 from neuronlens.errors import InterventionError
 from neuronlens.intervene import Intervention
+from neuronlens.tokens import TokenMap
 
 NONE = "none"
 """Name of the condition in which nothing is changed."""
@@ -50,8 +51,16 @@ def conditions_of(
 
     Raises:
         InterventionError: If something is no intervention, one of another model, one for the
-            rows of a given batch, or named as the untouched model; or if there is no condition.
+            rows of a given batch, or named as the untouched model; if there is no condition; or
+            inside the block of an intervention, where no model is untouched.
     """
+    changed = len(adapter.changed)
+    if changed:
+        raise InterventionError(
+            f"{changed} neurons of the model are changed at the moment, so {NONE!r} would not be "
+            "the untouched model: leave the block first, and give its intervention in "
+            "interventions=."
+        )
     found = [Condition(NONE, (None,))] if baseline else []
     given = interventions or {}
     if not isinstance(given, Mapping):
@@ -104,10 +113,12 @@ def _check(adapter: ModelAdapter, name: str, member: object) -> None:
             f"The intervention of condition {name!r} is of another model "
             f"({member.adapter.name!r}): make it with the adapter that is evaluated."
         )
-    if member.samples is not None or member.tokens is not None:
+    by_position = any(part.is_by_position for part in member.parts)
+    if member.samples is not None or member.tokens is not None or by_position:
         raise InterventionError(
             f"The intervention of condition {name!r} is made for the rows of one batch (by_sample, "
-            "or tokens=...), and batches differ. Give one that holds for every row."
+            "tokens=..., or positions of each sample), and batches differ. Give one that holds for "
+            "every row."
         )
 
 
@@ -118,9 +129,19 @@ def settings_digest(settings: Mapping[str, object]) -> str:
 
 
 @contextmanager
-def applied(member: Intervention | None) -> Iterator[None]:
-    """The model as a condition's member has it, for the length of the block."""
+def applied(
+    member: Intervention | None, tokens: Mapping[str, TokenMap] | None = None
+) -> Iterator[None]:
+    """The model as a condition's member has it, for the length of the block.
+
+    Args:
+        member: Of a condition; None for the untouched model.
+        tokens: The complete token maps of the batch, where they are known: a forward alone does
+            not tell where a prompt ends.
+    """
     with ExitStack() as stack:
         if member is not None:
+            if tokens is not None and not all(part.is_everywhere for part in member.parts):
+                member = Intervention(member.adapter, member.parts, tokens, member.samples)
             stack.enter_context(member)
         yield

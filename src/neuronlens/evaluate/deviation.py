@@ -8,37 +8,38 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Skipped
 from neuronlens.errors import (
-    AdapterError,
     DataError,
     MissingExtraError,
     SkippedError,
     UnknownNameError,
 )
-from neuronlens.evaluate.batches import Encoded, Encoder, parts, units_of
+from neuronlens.evaluate.batches import Encoder, parts, require_own_ids, units_of
 from neuronlens.evaluate.conditions import Interventions, applied, conditions_of
+from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
 from neuronlens.evaluate.folder import put, writing
 from neuronlens.evaluate.groups import By, Group, Groups
 from neuronlens.evaluate.resampling import RESAMPLES, Estimate, Measured
-from neuronlens.hooks import Call, Point, attached
+from neuronlens.evaluate.states import (
+    Padding,
+    Tokens,
+    kept_tokens,
+    last_states,
+    share_moved,
+)
 from neuronlens.samples import Sample
 from neuronlens.show import Html, escaped, table
-from neuronlens.tokens import Role
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Tokens = Literal["all", "last"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ class Deviation:
         samples: Those that were run, in their order.
         units: Number of the set of images of each sample.
         skipped: Samples that could not be encoded.
-        shares: By condition, the deviation of each sample under each of its members.
+        shares: By condition, the deviation of each sample under each of its members; NaN where a
+            state is no finite number, or all are 0. Those are in no mean.
         tokens: Over which tokens: `"all"` of the prompt, or the `"last"` one.
         model: Where the model was loaded from.
         resamples: How often intervals draw.
@@ -168,7 +170,10 @@ class Deviation:
             put(path, json.dumps(told) + "\n")
 
     def __repr__(self) -> str:
-        return f"Deviation({len(self.samples)} samples, conditions {', '.join(self.conditions)})"
+        lost = not_finite(self.shares)
+        told = f", {lost} numbers not finite" if lost else ""
+        names = ", ".join(self.conditions)
+        return f"Deviation({len(self.samples)} samples, conditions {names}{told})"
 
     def _repr_html_(self) -> Html:
         groups = Groups(self.samples).known
@@ -189,6 +194,7 @@ class Deviation:
             counted = Counter(each.reason for each in self.skipped)
             told = ", ".join(f"{reason} ({count})" for reason, count in counted.items())
             said += f" {len(self.skipped)} samples were skipped: {told}."
+        said = f"{said} {note_of(self.shares)}".rstrip()
         note = Html(f'<div style="font-size:12px;opacity:.7">{escaped(said)}</div>')
         return Html(table(head, rows, f"Hidden-state deviation of {self.model}") + note)
 
@@ -224,9 +230,10 @@ def hidden_state_deviation(
         )
         deviation.table(by="domain")
 
-    The untouched model runs once for each batch. Sums are taken in float64. An intervention on
-    neurons that cannot change the output (the last layer of a vision tower that is read at layer
-    -2) gives exactly 0.
+    The untouched model runs once for each batch, and a sample's states are those it has alone, up
+    to rounding; where padding changes them, samples are run one by one. Sums are taken in float64.
+    An intervention on neurons that cannot change the output (the last layer of a vision tower that
+    is read at layer -2) gives exactly 0.
 
     Args:
         adapter: Of the model, with its processor.
@@ -266,13 +273,7 @@ def hidden_state_deviation(
             else f"A {type(odd).__name__} was given among the samples. Of questions, give "
             "question.identification() or question.sample(prompt)."
         )
-    ids = Counter(each.id for each in given)
-    twice = [id for id, count in ids.items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{len(twice)} ids occur more than once, such as {twice[0]!r}: give each sample an id "
-            "of its own."
-        )
+    require_own_ids(given)
     if batch_size < 1 or resamples < 0:
         raise DataError(
             f"batch_size={batch_size}, resamples={resamples} were given; they must be at least 1 "
@@ -284,18 +285,19 @@ def hidden_state_deviation(
     encoder = Encoder(adapter, template=template, side="right")
     shares = {each.name: np.full((len(each.members), len(asked)), np.nan) for each in conditions}
     last = adapter.decoding.layers[-1]
+    padding = Padding(encoder, last)
     with tqdm(total=len(asked), desc="deviation", unit="sample", disable=not progress) as bar:
         for part in parts(len(asked), batch_size):
-            for encoded in encoder([(at, asked[at]) for at in part]):
+            for encoded in padding.apart(encoder([(at, asked[at]) for at in part])):
                 inputs = encoded.batch.on(adapter.device)
-                kept = _kept(adapter, encoded, tokens)
-                normal = _states(adapter, last, inputs, kept)
+                kept = kept_tokens(adapter, encoded, tokens)
+                normal = last_states(adapter, last, inputs, kept)
                 for condition in conditions:
                     for member, intervention in enumerate(condition.members):
-                        with applied(intervention):
-                            moved = _states(adapter, last, inputs, kept)
+                        with applied(intervention, encoded.batch.tokens):
+                            moved = last_states(adapter, last, inputs, kept)
                         shares[condition.name][member, list(encoded.positions)] = [
-                            _share(*pair) for pair in zip(normal, moved, strict=True)
+                            share_moved(*pair) for pair in zip(normal, moved, strict=True)
                         ]
             bar.update(len(part))
     lost = {each.position for each in encoder.skipped}
@@ -304,50 +306,15 @@ def hidden_state_deviation(
         raise SkippedError(
             f"None of the {len(given)} samples could be encoded. {encoder.skipped[0].detail}"
         )
+    shares = {name: values[:, there] for name, values in shares.items()}
+    warn_of_not_finite(shares, [given[at].id for at in there], "deviations")
     return Deviation(
         samples=tuple(given[at] for at in there),
         units=tuple(units_of([given[at].images for at in there])[1]),
         skipped=tuple(encoder.skipped),
-        shares={name: values[:, there] for name, values in shares.items()},
+        shares=shares,
         tokens=tokens,
         model=adapter.name,
         resamples=resamples,
         seed=seed,
     )
-
-
-def _kept(adapter: ModelAdapter, encoded: Encoded, tokens: Tokens) -> Bool[Tensor, "row token"]:
-    """Which tokens of the stack that answers count."""
-    kept = encoded.batch.tokens[adapter.answer_stream].role != Role.PAD
-    if tokens == "all":
-        return kept
-    at = torch.arange(kept.shape[1])
-    last = torch.where(kept, at, -1).amax(1, keepdim=True)
-    return at == last
-
-
-def _states(
-    adapter: ModelAdapter, path: str, inputs: dict[str, object], kept: Bool[Tensor, "row token"]
-) -> list[Float[Tensor, "token state"]]:
-    """What the last layer gives for the tokens that count, row by row, in float64."""
-    given: list[Tensor] = []
-
-    def keep(call: Call) -> None:
-        given.append(adapter.decoding.residual(call.out).detach())
-
-    point = Point(adapter.model.get_submodule(path), keep)
-    with torch.no_grad(), attached({path: [point]}):
-        adapter.forward(inputs, logits=False)
-    (state,) = given
-    if state.shape[:2] != kept.shape:
-        raise AdapterError(
-            f"{path} gave states for {list(state.shape[:2])} rows and tokens, but the inputs "
-            f"have {list(kept.shape)}, so which tokens they are is not known."
-        )
-    # Off the device before float64: not every device has it.
-    rows = zip(state.cpu(), kept, strict=True)
-    return [row[at].double().flatten(1) for row, at in rows]
-
-
-def _share(normal: Float[Tensor, "token state"], moved: Float[Tensor, "token state"]) -> float:
-    return float((normal - moved).norm() / normal.norm())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from neuronlens.atlas import Skipped
 from neuronlens.errors import DataError, MissingExtraError, UnknownNameError
@@ -21,6 +21,7 @@ from neuronlens.evaluate.folder import (
     RESULT,
     AnswerRecord,
     Manifest,
+    Record,
     ScoreRecord,
     put,
     writing,
@@ -48,7 +49,7 @@ class Answered(AnswerRecord):
     failure: str | None = None
 
 
-class AskedQuestion(BaseModel):
+class AskedQuestion(Record):
     """A question without its images.
 
     Attributes:
@@ -65,7 +66,7 @@ class AskedQuestion(BaseModel):
     images: str = ""
 
 
-class EvaluationFile(BaseModel):
+class EvaluationFile(Record):
     """An evaluation as it lies on disk."""
 
     manifest: Manifest

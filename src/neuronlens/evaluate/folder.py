@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,13 @@ RESULT: Final = "evaluation.json"
 _LINES: Final = (ANSWERS, SKIPPED, SETTINGS, SCORES)
 
 
-class Manifest(BaseModel):
+class Record(BaseModel):
+    """A line or a file; what reads it is made when it is first needed: importing is quick."""
+
+    model_config = ConfigDict(defer_build=True, frozen=True)
+
+
+class Manifest(Record):
     """What answers were made of and with.
 
     Attributes:
@@ -34,11 +41,15 @@ class Manifest(BaseModel):
         model_name: Where it was loaded from.
         prompt: The prompt's texts, and whether the chat template goes around it.
         generation: How answers are generated.
+        settings: Digests of the processor's and the model's own settings, and the floating-point
+            type.
+        versions: Of torch and transformers, in the run that began it. Others may go on, with a
+            warning.
         questions: Digest of the questions as they are put: ids, texts and images, in order.
         count: How many questions there are.
-        seed: Of sampling.
-        batch_size: Questions per batch, in the run that began it. Another one may go on: a batch
-            changes answers by rounding only.
+        seed: Of intervals, and of sampling. Another one may go on if nothing is drawn.
+        batch_size: Questions per batch, in the run that began it. Another one may go on, too: a
+            batch changes answers that are not drawn by rounding only.
         conditions: By name, the digest of each member's settings; the settings themselves are in
             `interventions.jsonl`. More conditions may be added.
     """
@@ -48,6 +59,8 @@ class Manifest(BaseModel):
     model_name: str
     prompt: dict[str, Any]
     generation: dict[str, Any]
+    settings: dict[str, str]
+    versions: dict[str, str]
     questions: str
     count: int
     seed: int
@@ -55,7 +68,7 @@ class Manifest(BaseModel):
     conditions: dict[str, list[str]]
 
 
-class AnswerRecord(BaseModel):
+class AnswerRecord(Record):
     """What the model answered to one question under one condition.
 
     Attributes:
@@ -66,8 +79,6 @@ class AnswerRecord(BaseModel):
         tokens: How many tokens were generated.
         cut: Whether it reached its limit.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     condition: str
     member: int
@@ -82,7 +93,7 @@ class AnswerRecord(BaseModel):
         return self.condition, self.member, self.id
 
 
-class ScoreRecord(BaseModel):
+class ScoreRecord(Record):
     """What a metric says of one answer; found by a digest of all it depends on."""
 
     key: str
@@ -91,7 +102,7 @@ class ScoreRecord(BaseModel):
     asked: str | None = None
 
 
-class SettingsRecord(BaseModel):
+class SettingsRecord(Record):
     """All settings of one intervention."""
 
     digest: str
@@ -220,19 +231,21 @@ def _was_begun(out: Path) -> bool:
 
 
 def _merged(out: Path, there: Manifest, asked: Manifest) -> Manifest:
-    """The manifest of the folder, with the conditions that are new.
+    """The manifest of the folder, with the conditions that are new and the seed that is asked for.
 
     Raises:
-        OutputError: If anything else differs.
+        OutputError: If anything else differs that answers depend on.
     """
     names = {
         "model": "model",
         "prompt": "prompt",
         "generation": "generation",
+        "settings": "setting",
         "count": "number of questions",
         "questions": "set of questions",
-        "seed": "seed",
     }
+    if there.generation.get("do_sample"):
+        names |= {"seed": "seed", "batch_size": "batch size, which drawn answers depend on"}
     for name, said in names.items():
         one, other = getattr(there, name), getattr(asked, name)
         if one != other:
@@ -251,7 +264,19 @@ def _merged(out: Path, there: Manifest, asked: Manifest) -> Manifest:
                 f"({len(before)} then, {len(digests)} now, or of other neurons or values). Give "
                 "it another name, or choose another folder."
             )
-    return there.model_copy(update={"conditions": {**there.conditions, **asked.conditions}})
+    if there.versions != asked.versions:
+        then, now = (
+            " and ".join(f"{name} {number}" for name, number in each.versions.items())
+            for each in (there, asked)
+        )
+        warnings.warn(
+            f"{out} was begun with {then}, and goes on with {now}. Answers that are generated "
+            "now may differ from what they would have been.",
+            UserWarning,
+            stacklevel=5,
+        )
+    conditions = {**there.conditions, **asked.conditions}
+    return there.model_copy(update={"conditions": conditions, "seed": asked.seed})
 
 
 def _short(value: object) -> str:

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Skipped
 from neuronlens.errors import DataError, MissingExtraError, SkippedError, UnknownNameError
-from neuronlens.evaluate.batches import Encoded, Encoder, parts
+from neuronlens.evaluate.batches import Encoded, Encoder, parts, require_own_ids, units_of
 from neuronlens.evaluate.conditions import NONE, Interventions, applied, conditions_of
+from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
 from neuronlens.evaluate.groups import Group, Groups
 from neuronlens.evaluate.resampling import RESAMPLES, Estimate, Measured, Values
 from neuronlens.intervene import Intervention
@@ -63,9 +64,11 @@ class ResponseLoss:
 
     Attributes:
         tokens: Every token of the responses, sample by sample.
-        units: Number of the sample each belongs to; intervals draw whole samples.
+        units: Number of the set of images each is about; intervals draw whole images with all
+            responses about them.
         measured: By number and condition. `"loss"`: minus the log-probability of the token, in
-            nats. `"right"`: 1 where it is the likeliest of all words, else 0.
+            nats. `"right"`: 1 where it is the likeliest of all words, else 0. Both are NaN where
+            the model's logits are no numbers; those are in no mean.
         skipped: Samples that could not be used, the same under every condition.
     """
 
@@ -177,10 +180,16 @@ class ResponseLoss:
         return condition
 
     def __repr__(self) -> str:
+        lost = not_finite(self.measured["loss"].values)
+        told = f", {lost} losses not finite" if lost else ""
         return (
-            f"ResponseLoss({len(self.tokens)} tokens of {len(set(self.units))} responses, "
-            f"conditions {', '.join(self.conditions)})"
+            f"ResponseLoss({len(self.tokens)} tokens of {self._responses} responses, "
+            f"conditions {', '.join(self.conditions)}{told})"
         )
+
+    @property
+    def _responses(self) -> int:
+        return len({each.sample for each in self.tokens})
 
     def _repr_html_(self) -> Html:
         rows = []
@@ -197,9 +206,10 @@ class ResponseLoss:
             )
         head = ["condition", "loss (nats)", "difference to none", "right", "difference to none"]
         title = (
-            f"{len(self.tokens):,} tokens of {len(set(self.units)):,} responses; 95 % intervals "
-            f"draw responses. Skipped: {len(self.skipped)}."
-        )
+            f"{len(self.tokens):,} tokens of {self._responses:,} responses on "
+            f"{len(set(self.units)):,} sets of images; 95 % intervals draw these. "
+            f"Skipped: {len(self.skipped)}. {note_of(self.measured['loss'].values)}"
+        ).rstrip()
         return table(head, rows, title)
 
 
@@ -241,7 +251,7 @@ def response_loss(
         template: Whether to use the processor's chat template.
         batch_size: Samples per forward.
         baseline: Whether to run the untouched model, which differences are to.
-        resamples: How often intervals draw whole samples; 0 for none.
+        resamples: How often intervals draw whole images with all responses about them; 0 for none.
         seed: Of the draws.
         progress: Whether to show a bar.
 
@@ -249,6 +259,7 @@ def response_loss(
     (`hidden_state_deviation`).
 
     Raises:
+        DataError: If ids repeat.
         InterventionError: If an intervention is none, or of another model.
         AdapterError: If the model has no decoding (no single state gives its logits), is in
             training mode, or has no processor.
@@ -260,12 +271,13 @@ def response_loss(
             f"batch_size={batch_size}, resamples={resamples} were given; they must be at least 1 "
             "and 0."
         )
+    require_own_ids(given)
     conditions = conditions_of(adapter, interventions, baseline=baseline)
     adapter.require_eval()
     decoder = Decoder(adapter, MEMORY)
     encoder = Encoder(adapter, template=template, side="right", response=True)
     tokens: list[ResponseToken] = []
-    units: list[int] = []
+    positions: list[int] = []
     found: dict[tuple[str, int], list[Float[Tensor, "number token"]]] = {}
     members = [(each.name, n, m) for each in conditions for n, m in enumerate(each.members)]
     with tqdm(total=len(given), desc="responses", unit="sample", disable=not progress) as bar:
@@ -273,7 +285,7 @@ def response_loss(
             for encoded in encoder([(position, given[position]) for position in part]):
                 asked = _Asked.of(encoded)
                 tokens += asked.tokens
-                units += asked.units
+                positions += asked.positions
                 for name, number, member in members:
                     numbers = asked.numbers(decoder, member)
                     found.setdefault((name, number), []).append(numbers)
@@ -290,6 +302,11 @@ def response_loss(
             for each in conditions
         }
 
+    images, _ = units_of([each.images for each in given])
+    # Dense over those that were used: a draw of what is not there would be lost.
+    known: dict[str, int] = {}
+    units = [known.setdefault(images[position], len(known)) for position in positions]
+    warn_of_not_finite(values(0), [each.sample for each in tokens], "losses")
     return ResponseLoss(
         tuple(tokens),
         tuple(units),
@@ -307,7 +324,7 @@ class _Asked:
 
     encoded: Encoded
     tokens: list[ResponseToken]
-    units: list[int]
+    positions: list[int]
     before: Int[Tensor, " token"]
     ids: Int[Tensor, " token"]
 
@@ -317,7 +334,7 @@ class _Asked:
         stream = batch.adapter.answer_stream
         there = batch.tokens[stream]
         tokens: list[ResponseToken] = []
-        units: list[int] = []
+        positions: list[int] = []
         places: list[Tensor] = []
         for row, (position, sample) in enumerate(
             zip(encoded.positions, batch.samples, strict=True)
@@ -329,11 +346,11 @@ class _Asked:
                 ResponseToken(sample.id, sample.domain, place, pieces[at].strip())
                 for place, at in enumerate(said)
             ]
-            units += [position] * len(said)
+            positions += [position] * len(said)
             places.append(mine[said])
         at = torch.cat(places)
         # Padding is on the right: the place before a token of the response is the token before.
-        return cls(encoded, tokens, units, at - 1, batch.ids(stream).flatten()[at])
+        return cls(encoded, tokens, positions, at - 1, batch.ids(stream).flatten()[at])
 
     def numbers(
         self, decoder: Decoder, member: Intervention | None
@@ -350,9 +367,10 @@ class _Asked:
                 word = wanted[chunk]
                 loss = -log.gather(1, word[:, None]).squeeze(1)
                 right = (log.argmax(1) == word).to(loss.dtype)
+                right[loss.isnan()] = torch.nan
                 kept.append(torch.stack([loss, right]).double().cpu())
 
-        with applied(member):
+        with applied(member, batch.tokens):
             show_states(
                 adapter,
                 batch.on(adapter.device),

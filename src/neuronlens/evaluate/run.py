@@ -26,6 +26,7 @@ from neuronlens.evaluate.folder import AnswerRecord, Journal, Manifest, journal
 from neuronlens.evaluate.generation import GREEDY, Generation, as_generation
 from neuronlens.evaluate.numbers import require_measurable
 from neuronlens.evaluate.resampling import RESAMPLES
+from neuronlens.evaluate.settings import settings_of, versions
 from neuronlens.metrics import Metric
 from neuronlens.questions import Prompt, Question, as_prompt
 
@@ -117,6 +118,8 @@ def evaluate(
         model_name=adapter.name,
         prompt=asdict(put_as),
         generation=how.settings,
+        settings=settings_of(adapter),
+        versions=versions(),
         questions=_digest(asked, images, put_as),
         count=len(asked),
         seed=seed,
@@ -209,8 +212,8 @@ class _Run:
                 continue
             found: list[AnswerRecord] = []
             with applied(intervention) if groups else applied(None):
-                for group in groups:
-                    written = self.writer.answers(group, draw=number)
+                for place, group in enumerate(groups):
+                    written = self.writer.answers(group, draw=(number, place))
                     ids = [self.questions[at].id for at in group.encoded.positions]
                     found += [
                         _record(name, member, id, each)

@@ -88,6 +88,10 @@ def silent_neurons(found: DomainNeurons, *, modules: Sequence[str] | None = None
         axes.set_title(name)
         axes.set_xlabel("layer")
         axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)
+        if not any(percent):
+            axes.text(
+                0.5, 0.5, "no silent neurons", ha="center", va="center", transform=axes.transAxes
+            )
         most = max(most, *percent)
         whole_numbers(axes)
     panels[0].set_ylim(0, max(5, 1.05 * most))

@@ -58,6 +58,8 @@ def pruning_curves(
         if full.interval is not None:
             axes.axhspan(*full.interval, color=GREY, alpha=0.15, lw=0)
     for number, (name, points) in enumerate(curves.items()):
+        if not points:
+            continue
         colour, marker, style = _LOOKS[number % len(_LOOKS)]
         shares = sorted(points)
         means = [points[share].value for share in shares]
@@ -74,6 +76,11 @@ def pruning_curves(
             [100 * share for share in shares], means, yerr=arms, color=colour, marker=marker,
             ls=style, capsize=3, lw=1.5, markersize=5, label=name, transform=moved,
         )  # fmt: skip
+        # What is moved on paper does not count when the axes are fitted to the data.
+        heights = [height for pair in ends for height in pair]
+        axes.update_datalim([(100 * share, heights[0]) for share in shares])
+        axes.update_datalim([(100 * shares[0], height) for height in heights])
+    axes.autoscale_view()
     axes.set_xlabel("% of neurons pruned")
     axes.set_ylabel(measure)
     named_below(figure, axes.get_legend_handles_labels()[0])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Literal, get_args
 
 import numpy as np
 
-from neuronlens.adapters import ModelAdapter
+from neuronlens.adapters import ModelAdapter, require_adapter
 from neuronlens.errors import InterventionError, UnknownNameError
 from neuronlens.intervene.part import Neurons, parsed
 from neuronlens.neurons import NeuronId, NeuronSite
@@ -22,7 +21,7 @@ def random_control(
     *,
     seed: int,
     match: Match = "layer",
-    exclude: Iterable[NeuronId | str] = (),
+    exclude: Neurons = (),
 ) -> tuple[NeuronId, ...]:
     """As many random neurons as were chosen, none of them chosen.
 
@@ -33,7 +32,7 @@ def random_control(
         match: `"layer"`: as many in each site (module, layer and branch; of routed experts, in
             any of them); `"module"`: as many in each module, in any of its layers; `"all"`: as
             many in the model.
-        exclude: Further neurons that are not drawn.
+        exclude: One or more further neurons that are not drawn.
 
     Neurons are drawn without replacement, each with the same chance. In `"module"` and `"all"`
     none is drawn from a site that cannot change the output, which would make the control weaker
@@ -49,11 +48,13 @@ def random_control(
     Raises:
         UnknownNameError: If the model has no such neuron, or there is no such `match`.
         InterventionError: If too few neurons are left to draw from.
+        AdapterError: If what is given first is no adapter.
     """
+    require_adapter(adapter)
     if match not in get_args(Match):
         raise UnknownNameError("way to match", match, get_args(Match))
     chosen = parsed(adapter, neurons)
-    others = list(exclude)
+    others = [exclude] if isinstance(exclude, (NeuronId, str)) else list(exclude)
     left_out = set(chosen) | (set(parsed(adapter, others)) if others else set())
     taken: dict[str, list[int]] = {}
     for neuron in left_out:
@@ -62,6 +63,12 @@ def random_control(
     def group(site: NeuronSite) -> str:
         return {"layer": site.name, "module": str(site.module), "all": "the model"}[match]
 
+    wider = [repr(each) for each in get_args(Match)[get_args(Match).index(match) + 1 :]]
+    advice = ["Choose fewer"]
+    if others:
+        advice.append("exclude fewer")
+    if wider:
+        advice.append(f"match more widely: match={' or '.join(wider)}")
     rng = np.random.default_rng(seed)
     drawn: list[NeuronId] = []
     for name, count in sorted(Counter(group(adapter.site(n.site)) for n in chosen).items()):
@@ -75,8 +82,7 @@ def random_control(
         if have < count:
             raise InterventionError(
                 f"{count} neurons of {name} were chosen, and only {have} others are left there to "
-                "draw as many from. Choose fewer, exclude fewer, or match more widely: "
-                "'layer', 'module', 'all'."
+                f"draw as many from. {', or '.join(advice)}."
             )
         ends = np.cumsum([len(pool) for pool in pools])
         for place in np.sort(rng.choice(have, count, replace=False)).tolist():

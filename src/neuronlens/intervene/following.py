@@ -102,6 +102,8 @@ class Following:
         self._open = False
         self._phase = self._forwards = 0
         self._rows: dict[tuple[bool, str, Part], Rows] = {}
+        self.met: dict[Part, bool] = {}
+        """Whether any token was meant, by part whose sites ran."""
         self._reached: dict[tuple[str, Part], tuple[int, int]] = {}
 
     @contextmanager
@@ -330,7 +332,8 @@ class Following:
             if name in self._texts and not is_told:
                 _need_no_end(part)
             is_whole = name not in self.adapter.growing
-            self._rows[key] = stream.rows(part, is_whole=is_whole)
+            rows = self._rows[key] = stream.rows(part, is_whole=is_whole)
+            self.met[part] = self.met.get(part, False) or len(rows.index) > 0
         return self._rows[key]
 
 

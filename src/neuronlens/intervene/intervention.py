@@ -67,7 +67,8 @@ class Intervention:
             sorted(every, key=lambda each: (order[each.site], each.expert or 0, each))
         )
         self._edits = [(part, part.edits()) for part in self.parts]
-        self._entered: list[ExitStack] = []
+        self._entered: list[tuple[ExitStack, Following]] = []
+        self._is_warned = False
 
     @property
     def settings(self) -> dict[str, object]:
@@ -124,7 +125,7 @@ class Intervention:
             for name, change in changes.items():
                 adapter.changes[name].append(change)
                 stack.callback(adapter.changes[name].remove, change)
-            self._entered.append(stack.pop_all())
+            self._entered.append((stack.pop_all(), following))
         return self
 
     def __exit__(
@@ -133,7 +134,24 @@ class Intervention:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._entered.pop().__exit__(kind, error, trace)
+        stack, following = self._entered.pop()
+        stack.__exit__(kind, error, trace)
+        if kind is None and not self._is_warned:
+            self._warn_of_nothing(following.met)
+
+    def _warn_of_nothing(self, met: Mapping[Part, bool]) -> None:
+        """Warn of roles and positions that no token had."""
+        limits = {part: _limits(part) for part in met}
+        some = {limits[part] for part, is_met in met.items() if is_met}
+        nowhere = [each for each in dict.fromkeys(limits.values()) if each and each not in some]
+        if nowhere:
+            self._is_warned = True
+            warnings.warn(
+                f"No token was {' or '.join(nowhere)} while the block ran: this changed nothing. "
+                "Roles and positions are those of the stream that a neuron's site runs on.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
         modules = Counter(self.adapter.site(each.site).module for each in self.neurons)
@@ -148,6 +166,18 @@ class Intervention:
             if part.positions is not None:
                 what.append(f"at {len(part.positions)} positions")
         return f"Intervention({'; '.join(what)})"
+
+
+def _limits(part: Part) -> str:
+    """The roles and positions that tokens must have, in words; empty for any."""
+    found = []
+    if part.roles is not None:
+        found.append(f"of role {', '.join(role.name.lower() for role in sorted(part.roles))}")
+    if part.positions is not None:
+        several = [list(each) if isinstance(each, tuple) else each for each in part.positions]
+        few = ", ".join(map(str, several[:5]))
+        found.append(f"at position {few}{', ...' if len(several) > 5 else ''}")
+    return " and ".join(found)
 
 
 def _digest(tokens: Mapping[str, TokenMap]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from neuronlens.adapters import ModelAdapter
+from neuronlens.adapters import ModelAdapter, require_adapter
 from neuronlens.errors import InterventionError
 from neuronlens.intervene.intervention import Intervention, warn_of_inert
 from neuronlens.intervene.part import (
@@ -62,8 +62,8 @@ def deactivate(
         positions: Only tokens at these positions: one list for every sample of the batch, or a
             list of one for each. They are counted on the stream that the neuron's site runs on,
             within a sample, without padding, as in `TokenMap.of` and `Exemplar`; negative ones
-            from the end of the prompt, -1 its last token, generated tokens from there on. One
-            that is only reached by generation changes nothing before.
+            from the end of the prompt, -1 its last token, generated tokens from there on. On the
+            language stream, one behind the end changes nothing: generation may still reach it.
         tokens: The complete token map of each stream of the batch, from `encode`. None to tell
             them from the inputs of each forward.
 
@@ -71,7 +71,9 @@ def deactivate(
 
     Raises:
         UnknownNameError: If there is no such neuron in the model, or no such role.
-        InterventionError: If no neuron, no role or no position is given.
+        InterventionError: If no neuron, no role or no position is given; if `tokens` are no
+            token maps.
+        AdapterError: If what is given first is no adapter.
 
     While the model runs in the block:
 
@@ -79,9 +81,15 @@ def deactivate(
         CaptureError: If the model is compiled; if roles, positions or samples are needed and
             cannot be told, or the token maps are not of this batch; when the block ends well,
             but a block of one of the neurons never ran.
-        InterventionError: If a sample has no token at one of the positions.
+        InterventionError: If a sample has no token at one of the positions, on a stream that
+            generation does not add to, or before its start.
         AdapterError: If the inputs cannot be those of this model.
+
+    Warns:
+        UserWarning: When the block ends well, but no token had one of the roles, or was at one
+            of the positions, so that nothing was changed. Told once.
     """
+    require_adapter(adapter)
     return _made(adapter, "deactivate", parsed(adapter, neurons), 0.0, roles, positions, tokens)
 
 
@@ -113,6 +121,7 @@ def amplify(
         InterventionError: If the factor is not a finite number; if no neuron, role or position
             is given.
     """
+    require_adapter(adapter)
     by = number(factor, "factor")
     return _made(adapter, "amplify", parsed(adapter, neurons), by, roles, positions, tokens)
 
@@ -147,6 +156,7 @@ def set_to(
         AdapterError: On entering, if it is not known what a routed block multiplies its
             activations with, so that one of 0 cannot be set.
     """
+    require_adapter(adapter)
     chosen = parsed(adapter, neurons)
     values: float | dict[NeuronId, float]
     if isinstance(value, Mapping):
@@ -176,10 +186,11 @@ def by_sample(
 
         off = [nl.deactivate(vlm, neurons) for neurons in sets]
         with nl.by_sample(vlm, [None, *off]):
-            model.generate(**batch.inputs)  # of 1 + len(sets) samples
+            model(**batch.inputs)  # of 1 + len(sets) samples
 
     Each sample is changed by its own alone, as if it ran by itself. With beams, all of a sample's
-    rows are.
+    rows are. For `generate()`, prompts of different lengths must be padded on the left, where the
+    processors of most models pad on the right.
 
     Args:
         adapter: Of the model.
@@ -189,13 +200,16 @@ def by_sample(
 
     Raises:
         InterventionError: If none is given, one is of another adapter, or by sample itself, or
-            holds token maps or positions of a whole batch.
+            holds token maps or positions of a whole batch; if `tokens` are no token maps.
+        AdapterError: If what is given first is no adapter.
 
     While the model runs in the block:
 
     Raises:
         InterventionError: If the batch has another number of samples.
     """
+    require_adapter(adapter)
+    _check_maps(tokens)
     if not interventions:
         raise InterventionError("No interventions were given: give one for each sample, or None.")
     parts = []
@@ -225,6 +239,27 @@ def by_sample(
     return Intervention(adapter, parts, tokens, len(interventions))
 
 
+def _check_maps(tokens: object) -> None:
+    """Refuse what are no token maps by stream: a batch, or one map.
+
+    Raises:
+        InterventionError: If they are not.
+    """
+    if tokens is None:
+        return
+    if not isinstance(tokens, Mapping):
+        raise InterventionError(
+            f"tokens is {type(tokens).__name__}, not the token map of each stream. Give those of "
+            "the batch that the model is run on: tokens=batch.tokens."
+        )
+    wrong = next((each for each in tokens.values() if not isinstance(each, TokenMap)), None)
+    if wrong is not None:
+        raise InterventionError(
+            f"tokens holds {type(wrong).__name__} where a TokenMap is needed. Give the token maps "
+            "of the batch: tokens=batch.tokens."
+        )
+
+
 def _made(
     adapter: ModelAdapter,
     kind: Kind,
@@ -234,6 +269,7 @@ def _made(
     positions: Positions | None,
     tokens: Tokens | None,
 ) -> Intervention:
+    _check_maps(tokens)
     warn_of_inert(adapter, neurons)
     part = Part(kind, neurons, value, roles_of(roles), positions_of(positions))
     return Intervention(adapter, [part], tokens)

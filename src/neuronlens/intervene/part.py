@@ -231,9 +231,9 @@ def positions_of(
     several = [each.tolist() if hasattr(each, "tolist") else each for each in positions]
     if several and all(_is_whole(each) for each in several):
         return tuple(sorted({int(each) for each in several}))  # type: ignore[arg-type]
-    if not several or any(_is_whole(each) or isinstance(each, str) for each in several):
+    if not several or not all(isinstance(each, (Sequence, range)) for each in several):
         raise wrong
-    lists = [list(each) for each in several]  # type: ignore[arg-type]
+    lists = [list(each) for each in several if isinstance(each, Sequence)]
     if not all(_is_whole(each) for row in lists for each in row) or not any(lists):
         raise wrong
     return tuple(tuple(sorted(set(row))) for row in lists)

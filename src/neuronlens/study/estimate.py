@@ -14,12 +14,12 @@ from neuronlens.errors import ChatError
 from neuronlens.exemplars import EXPLAIN_RANKS, HELD_OUT_RANKS, VALIDATE_RANKS, exemplars
 from neuronlens.explain import ChatExplainer, ExplanationJob, modalities
 from neuronlens.explanation import Explanation
+from neuronlens.lines import read_lines
 from neuronlens.neurons import NeuronId
 from neuronlens.samples import Sample
 from neuronlens.simulate import ChatSimulator, SimulationJob, Simulator
 from neuronlens.study.components import named
 from neuronlens.study.journal import RECORDS, REPLIES
-from neuronlens.lines import read_lines
 from neuronlens.study.records import NeuronRecord
 from neuronlens.study.run import NULL_DRAWS
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from neuronlens.atlas import locked, require_free
 from neuronlens.errors import DataError, OutputError
-from neuronlens.neurons import NeuronId
 from neuronlens.lines import LineFile, cut_torn_line, read_lines
+from neuronlens.neurons import NeuronId
 from neuronlens.study.records import (
     NeuronRecord,
     Said,
