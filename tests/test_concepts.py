@@ -341,6 +341,8 @@ def test_without_resamples_nothing_is_said_of_certainty():
     found = counted(pictures(([9.0, 0, 0, 0], {"red": [0]}), each=12), rule=Rule(resamples=0))
     assert (found.count, found.shares, found.interval) == (1, {}, None)
     assert np.isnan([found.certainty, found.concepts[0].support]).all()
+    assert "resamples" not in repr(found)
+    assert "nan" not in found._repr_html_()
 
 
 def test_the_interval_holds_95_percent_of_the_resamples():
@@ -450,9 +452,23 @@ def test_shuffled_tokens_are_those_at_the_same_place_of_another_sample():
     assert moved.tolist() == [-1, -1, -1, 0, 1, 2, 3, 5]
 
 
+def test_a_token_lies_in_its_image_whatever_the_size_of_that():
+    some = [
+        exemplar("rvvvv", [0.0, 9, 0, 0, 0], {"red": [0]}, pieces=("a", "", "", "", "")),
+        exemplar("v" * 8, [9.0, 0, 0, 0, 0, 0, 0, 0], {"red": [0, 1]}),
+    ]
+    vocabulary = Vocabulary(nl.AnnotationSegmenter(), None, {})
+    elements, (seen, read) = vocabulary.profile(some, [], ["visual", "text"])
+    assert Element("red", True) in elements
+    assert seen.start.tolist() == [0, 4, 12]
+    np.testing.assert_allclose(seen.centre[[0, 3, 4, 11], 0], [1 / 8, 7 / 8, 1 / 16, 15 / 16])
+    np.testing.assert_allclose(seen.predicted[elements.index(Element("red", True))].sum(), 3)
+    assert read.start.tolist() == [0, 1, 1]
+
+
 def test_one_in_twenty_neurons_of_noise_is_predicted_better_than_chance():
     found = []
-    for seed in range(150):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         start = np.arange(13) * 8
         predicted = (rng.random((6, 96)) < 0.3).astype(np.float32)
@@ -461,7 +477,7 @@ def test_one_in_twenty_neurons_of_noise_is_predicted_better_than_chance():
         cover = cover_of(Side(rng.random(96) ** 4, predicted, start, centre))
         chance = cover.by_chance((), rng)
         found.append(cover.joined((), np.ones((1, 12))).max() > chance)
-    # Sixty shuffles estimate the quantile, 150 neurons the share.
+    # Sixty shuffles estimate the quantile, 120 neurons the share.
     assert 0.01 < np.mean(found) < 0.12
 
 

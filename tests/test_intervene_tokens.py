@@ -332,9 +332,14 @@ def test_class_tokens_of_tiles_are_special_and_patches_visual():
     down = model.get_submodule(vlm.tap(site).down)
     handle = down.register_forward_pre_hook(lambda _m, args: kept.append(args[0].clone()))
     model(**inputs)
-    for roles in ("special", "visual", "text"):
+    for roles in ("special", "visual"):
         with nl.set_to(vlm, site.neuron(4), 9.0, roles=roles):
             model(**inputs)
+    with (
+        pytest.warns(UserWarning, match="No token"),
+        nl.deactivate(vlm, site.neuron(4), roles="text"),
+    ):
+        model(**inputs)
     handle.remove()
     tiles, tokens = kept[0].shape[:2]
     changed = [(each != kept[0]).any(-1) for each in kept[1:]]
@@ -555,7 +560,8 @@ def test_a_forward_alone_does_not_tell_prompt_from_response(vlm, batch):
             nl.deactivate(vlm, LANGUAGE, roles=roles),
         ):
             logits(vlm, batch.inputs)
-    with nl.deactivate(vlm, VISION, roles="response"):
+    off = nl.deactivate(vlm, VISION, roles="response")
+    with pytest.warns(UserWarning, match="No token was of role response"), off:
         found = logits(vlm, batch.inputs)  # a tower has no response, whatever the prompt is
     assert torch.equal(found, logits(vlm, batch.inputs))
 
@@ -704,9 +710,8 @@ def test_that_some_sample_has_no_such_token_is_not_warned_of(vlm, scenes):
 
 def test_an_error_in_the_block_is_not_followed_by_a_warning(vlm, asked):
     nothing = nl.deactivate(vlm, LANGUAGE, roles="response", tokens=asked.tokens)
-    with pytest.raises(KeyError), nothing:
-        logits(vlm, asked.inputs)
-        raise KeyError
+    with pytest.raises(KeyError, match="mine"), nothing:
+        raise KeyError(f"mine {logits(vlm, asked.inputs).shape}")
 
 
 def test_inputs_that_are_not_the_models_say_what_to_do_instead(vlm, batch):

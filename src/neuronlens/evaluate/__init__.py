@@ -4,7 +4,7 @@ from neuronlens.evaluate.deviation import Deviation, hidden_state_deviation
 from neuronlens.evaluate.evaluation import Answered, AskedQuestion, Evaluation
 from neuronlens.evaluate.folder import AnswerRecord, Manifest
 from neuronlens.evaluate.generation import BEAMS, GREEDY, Generation
-from neuronlens.evaluate.resampling import RESAMPLES, Estimate
+from neuronlens.evaluate.resampling import RESAMPLES, Estimated
 from neuronlens.evaluate.response import ResponseLoss, ResponseToken, response_loss
 from neuronlens.evaluate.run import evaluate
 
@@ -16,7 +16,7 @@ __all__ = [
     "Answered",
     "AskedQuestion",
     "Deviation",
-    "Estimate",
+    "Estimated",
     "Evaluation",
     "Generation",
     "Manifest",

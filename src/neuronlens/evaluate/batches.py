@@ -104,7 +104,7 @@ class Encoder:
                     self.skip(lost[0], error)
                     return self.of(left)
             except (ArithmeticError, LookupError, TypeError, ValueError):
-                pass  # a sample's fault, or a processor that takes one at a time: what follows tells
+                pass  # one sample's fault, or a processor that takes one at a time
         found = []
         first_error: Exception | None = None
         for position, prepared in ready:

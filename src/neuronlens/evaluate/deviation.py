@@ -27,7 +27,7 @@ from neuronlens.evaluate.conditions import Interventions, applied, conditions_of
 from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
 from neuronlens.evaluate.folder import put, writing
 from neuronlens.evaluate.groups import By, Group, Groups
-from neuronlens.evaluate.resampling import RESAMPLES, Estimate, Measured
+from neuronlens.evaluate.resampling import RESAMPLES, Estimated, Measured
 from neuronlens.evaluate.states import (
     Padding,
     Tokens,
@@ -82,7 +82,7 @@ class Deviation:
 
     def mean(
         self, condition: str, *, group: Group[Sample] | None = None, by: By[Sample] = "domain"
-    ) -> Estimate:
+    ) -> Estimated:
         """Mean share over samples, and over members.
 
         Args:
@@ -103,7 +103,7 @@ class Deviation:
         group: Group[Sample] | None = None,
         versus: Group[Sample] | None = None,
         by: By[Sample] = "domain",
-    ) -> Estimate:
+    ) -> Estimated:
         """How much farther one condition moves the states than another.
 
         With `versus`, how much larger that is in `group` than there; `"others"` are all samples

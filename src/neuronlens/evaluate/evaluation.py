@@ -28,7 +28,7 @@ from neuronlens.evaluate.folder import (
 )
 from neuronlens.evaluate.groups import By, Group, Groups
 from neuronlens.evaluate.numbers import measure, require_measurable, score_key
-from neuronlens.evaluate.resampling import Estimate, Measured
+from neuronlens.evaluate.resampling import Estimated, Measured
 from neuronlens.metrics import Metric
 from neuronlens.questions import Question
 from neuronlens.show import Html, escaped, table
@@ -147,7 +147,7 @@ class Evaluation:
         group: Group[Question] | None = None,
         by: By[Question] = "domain",
         number: str | None = None,
-    ) -> Estimate:
+    ) -> Estimated:
         """How good a condition's answers are.
 
         Args:
@@ -171,7 +171,7 @@ class Evaluation:
         versus: Group[Question] | None = None,
         by: By[Question] = "domain",
         number: str | None = None,
-    ) -> Estimate:
+    ) -> Estimated:
         """How much better the answers of one condition are than those of another.
 
         Below 0 where `one` is worse. With `versus`, the difference of differences: how much
@@ -425,7 +425,7 @@ class Evaluation:
         return rows
 
 
-def _told(name: str, found: Estimate) -> dict[str, object]:
+def _told(name: str, found: Estimated) -> dict[str, object]:
     low, high = found.interval or (np.nan, np.nan)
     return {name: found.value, f"{name}_low": low, f"{name}_high": high}
 

@@ -21,7 +21,7 @@ Rows = Bool[np.ndarray, " row"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimated:
     """A mean, or a difference of means, with its interval.
 
     Attributes:
@@ -76,7 +76,7 @@ class Measured:
         self.resamples = resamples
         self.seed = seed
 
-    def mean(self, condition: str, rows: Rows | None = None) -> Estimate:
+    def mean(self, condition: str, rows: Rows | None = None) -> Estimated:
         """The mean of one condition over some rows, by default all."""
         values = self.values[condition]
         rows = np.ones(values.shape[1], dtype=bool) if rows is None else rows
@@ -91,7 +91,7 @@ class Measured:
         ratios = _ratios(*(np.concatenate(each) for each in zip(*drawn, strict=True)))
         return self._estimate(value, ratios, rows, used)
 
-    def difference(self, one: str, other: str, rows: Rows, versus: Rows | None = None) -> Estimate:
+    def difference(self, one: str, other: str, rows: Rows, versus: Rows | None = None) -> Estimated:
         """How much more one condition has than another on the same rows.
 
         Args:
@@ -131,11 +131,11 @@ class Measured:
 
     def _estimate(
         self, value: float, ratios: Float[np.ndarray, " resample"], rows: Rows, used: Rows
-    ) -> Estimate:
+    ) -> Estimated:
         units = len(np.unique(self.units[rows][used]))
         kept = ratios[~np.isnan(ratios)]
         interval = percentile_interval(kept) if units > 1 and len(kept) > 1 else None
-        return Estimate(value, interval, int(used.sum()), units, len(kept) if interval else 0)
+        return Estimated(value, interval, int(used.sum()), units, len(kept) if interval else 0)
 
     def _members(self, condition: str) -> Float[np.ndarray, "resample member"]:
         """How often each member is drawn; the same draws whatever it is compared with."""

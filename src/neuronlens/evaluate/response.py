@@ -19,7 +19,7 @@ from neuronlens.evaluate.batches import Encoded, Encoder, parts, require_own_ids
 from neuronlens.evaluate.conditions import NONE, Interventions, applied, conditions_of
 from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
 from neuronlens.evaluate.groups import Group, Groups
-from neuronlens.evaluate.resampling import RESAMPLES, Estimate, Measured, Values
+from neuronlens.evaluate.resampling import RESAMPLES, Estimated, Measured, Values
 from neuronlens.intervene import Intervention
 from neuronlens.lens.decode import MEMORY, Decoder
 from neuronlens.lens.states import show_states
@@ -96,7 +96,7 @@ class ResponseLoss:
         *,
         group: Group[ResponseToken] | None = None,
         number: Number = "loss",
-    ) -> Estimate:
+    ) -> Estimated:
         """The mean over tokens.
 
         Args:
@@ -118,7 +118,7 @@ class ResponseLoss:
         group: Group[ResponseToken] | None = None,
         versus: Group[ResponseToken] | None = None,
         number: Number = "loss",
-    ) -> Estimate:
+    ) -> Estimated:
         """How much more one condition has than another, token by token.
 
         With `versus`, the difference of differences, as in `Evaluation.compare`.

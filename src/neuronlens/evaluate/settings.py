@@ -12,7 +12,7 @@ from typing import Any, Final
 from neuronlens.adapters import ModelAdapter
 from neuronlens.evaluate.answers import generation_configs
 
-_NO_SETTING: Final = {"_commit_hash", "name_or_path", "padding_side", "transformers_version"}
+_NO_SETTING: Final = {"_commit_hash", "name_or_path", "transformers_version"}
 """What objects of transformers tell of themselves that changes no answer."""
 
 

@@ -8,12 +8,12 @@ from neuronlens.figures.domains import domain_layers, silent_neurons
 from neuronlens.figures.embeddings import embedding_plane
 from neuronlens.figures.lens import entropy_curves, lens_heat_map
 from neuronlens.figures.look import COLOURS, NAMES, domain_colours
-from neuronlens.figures.pruning import Estimate, pruning_curves
+from neuronlens.figures.pruning import ValueAndInterval, pruning_curves
 
 __all__ = [
     "COLOURS",
     "NAMES",
-    "Estimate",
+    "ValueAndInterval",
     "category_histograms",
     "category_layers",
     "category_shares",

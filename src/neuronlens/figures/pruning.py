@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Estimate(Protocol):
+class ValueAndInterval(Protocol):
     """A mean and the ends of its interval, as an evaluation gives it."""
 
     @property
@@ -32,9 +32,9 @@ _LOOKS: Final = (
 
 @drawn
 def pruning_curves(
-    curves: Mapping[str, Mapping[float, Estimate]],
+    curves: Mapping[str, Mapping[float, ValueAndInterval]],
     *,
-    full: Estimate | None = None,
+    full: ValueAndInterval | None = None,
     measure: str = "accuracy",
 ) -> Figure:
     """What is left of a measure by the share of neurons that is gone, with intervals.

@@ -189,8 +189,8 @@ def by_sample(
             model(**batch.inputs)  # of 1 + len(sets) samples
 
     Each sample is changed by its own alone, as if it ran by itself. With beams, all of a sample's
-    rows are. For `generate()`, prompts of different lengths must be padded on the left, where the
-    processors of most models pad on the right.
+    rows are. For `generate()`, prompts of different lengths must be padded on the left
+    (`processor.tokenizer.padding_side = "left"` before `encode`).
 
     Args:
         adapter: Of the model.
@@ -252,10 +252,10 @@ def _check_maps(tokens: object) -> None:
             f"tokens is {type(tokens).__name__}, not the token map of each stream. Give those of "
             "the batch that the model is run on: tokens=batch.tokens."
         )
-    wrong = next((each for each in tokens.values() if not isinstance(each, TokenMap)), None)
-    if wrong is not None:
+    wrong = [each for each in tokens.values() if not isinstance(each, TokenMap)]
+    if wrong:
         raise InterventionError(
-            f"tokens holds {type(wrong).__name__} where a TokenMap is needed. Give the token maps "
+            f"tokens holds {type(wrong[0]).__name__} where a TokenMap is needed. Give the maps "
             "of the batch: tokens=batch.tokens."
         )
 

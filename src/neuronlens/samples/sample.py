@@ -158,4 +158,4 @@ def _known_as(source: Picture) -> str:
     try:
         return image_digest(source)
     except OSError:
-        return f"unreadable: {source}"
+        return f"unreadable: {source!s}" if isinstance(source, Path) else "unreadable"
