@@ -22,7 +22,7 @@ class Explanation(BaseModel):
         explainer: What made the explanation.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
 
     sentence: str
     phrases: tuple[str, ...] = Field(default=(), max_length=3)

@@ -27,7 +27,7 @@ FORMAT: Final = 3
 """Version of the folder's layout; a reader refuses any other."""
 
 
-class Choices(BaseModel):
+class Choices(BaseModel, defer_build=True):
     """The readings a scan was made with; another value of any needs another scan.
 
     `batch_size` and `window` are None where merged scans had several: they change how sums are
@@ -52,7 +52,7 @@ class Choices(BaseModel):
         }
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(BaseModel, defer_build=True):
     """Which model was scanned: where it came from, and a fingerprint of its weights."""
 
     name: str
@@ -62,7 +62,7 @@ class ModelInfo(BaseModel):
     revision: str | None = None
 
 
-class Skipped(BaseModel):
+class Skipped(BaseModel, defer_build=True):
     """A sample that could not be used, and why."""
 
     position: int
@@ -71,14 +71,14 @@ class Skipped(BaseModel):
     detail: str
 
 
-class FileInfo(BaseModel):
+class FileInfo(BaseModel, defer_build=True):
     """Size and SHA-256 of a file of the atlas."""
 
     bytes: int
     sha256: str
 
 
-class Part(BaseModel):
+class Part(BaseModel, defer_build=True):
     """The samples of one scan, of which an atlas may hold several.
 
     Attributes:
@@ -92,7 +92,7 @@ class Part(BaseModel):
     positions: int
 
 
-class Shard(BaseModel):
+class Shard(BaseModel, defer_build=True):
     """Which share of the batches an atlas is of: every `count`-th one from `index` on."""
 
     index: int
@@ -102,7 +102,7 @@ class Shard(BaseModel):
         return f"{self.index} of {self.count}"
 
 
-class Session(BaseModel):
+class Session(BaseModel, defer_build=True):
     """One run of a scan, from its start or a checkpoint; what it says is no part of the result.
 
     Attributes:
@@ -128,7 +128,7 @@ class Session(BaseModel):
     shard: Shard
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, defer_build=True):
     """What the folder holds and how it came to be.
 
     `data` is the fingerprint of all samples that were taken in; `shard` is None unless the atlas

@@ -45,7 +45,7 @@ _Row = tuple[str, str, str]
 """Key, request and reply."""
 
 
-class StoredReply(BaseModel):
+class StoredReply(BaseModel, defer_build=True):
     """An answer as it is kept.
 
     Attributes:

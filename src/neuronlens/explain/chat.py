@@ -72,7 +72,7 @@ _CONTRAST = (
 class Said(BaseModel):
     """What an explaining model answers."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
 
     sentence: Annotated[str, Field(min_length=1, max_length=400)]
     phrases: Annotated[list[str], Field(max_length=3)]

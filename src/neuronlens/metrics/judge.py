@@ -39,7 +39,7 @@ Answer with:
 class Mark(BaseModel):
     """What a judging model answers."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
 
     correct: Literal["yes", "no"]
     score: Annotated[int, Field(strict=True, ge=0, le=5, description="A whole number, 0 to 5.")]

@@ -23,14 +23,14 @@ _ENDINGS: Final = ("-merged", "-other", "-stuff")
 """How COCO marks a category of stuff that gathers several, or is not the thing of that name."""
 
 
-class _Image(BaseModel):
+class _Image(BaseModel, defer_build=True):
     id: int | str
     file_name: str
     height: int
     width: int
 
 
-class _Category(BaseModel):
+class _Category(BaseModel, defer_build=True):
     id: int
     name: str
     supercategory: str | None = None
@@ -43,23 +43,23 @@ class _Category(BaseModel):
         return tuple(dict.fromkeys(each for each in names if each))
 
 
-class _Segment(BaseModel):
+class _Segment(BaseModel, defer_build=True):
     id: int = Field(gt=0, lt=256**3)
     category_id: int
 
 
-class _Head(BaseModel):
+class _Head(BaseModel, defer_build=True):
     images: list[_Image]
     categories: list[_Category]
     annotations: list[dict[str, Any]]
 
 
-class _Instance(BaseModel):
+class _Instance(BaseModel, defer_build=True):
     category_id: int
     segmentation: Any = None
 
 
-class _Panoptic(BaseModel):
+class _Panoptic(BaseModel, defer_build=True):
     file_name: str
     segments_info: list[_Segment]
 

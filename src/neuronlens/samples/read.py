@@ -17,7 +17,7 @@ from neuronlens.samples.sample import Annotation, Sample
 class LabelMap(BaseModel):
     """Annotations in a file: a PNG whose values are named."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
     labels: str
     names: dict[int, list[str]]
     image: int = 0
@@ -34,7 +34,7 @@ class Region(BaseModel):
         image: Number of the image within its sample.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
     names: list[str]
     size: tuple[int, int]
     polygons: list[list[float]] = Field(default_factory=list)
@@ -50,7 +50,7 @@ class Region(BaseModel):
         return Outline(self.size, self.polygons, self.counts)
 
 
-class SampleRow(BaseModel):
+class SampleRow(BaseModel, defer_build=True):
     """A sample as a line of JSON; paths are relative to the file's folder.
 
     Other fields are ignored.
@@ -103,7 +103,7 @@ class SampleRow(BaseModel):
         )
 
 
-class Turn(BaseModel):
+class Turn(BaseModel, defer_build=True):
     """Who says what in a conversation, as LLaVA's data have it."""
 
     speaker: str = Field(alias="from")
@@ -117,7 +117,7 @@ def first_exchange(turns: Sequence[Turn]) -> tuple[str, str] | None:
     return turns[0].value.replace("<image>", "").strip(), turns[1].value.strip()
 
 
-class _Conversation(BaseModel):
+class _Conversation(BaseModel, defer_build=True):
     id: str | int | None = None
     image: str | list[str] | None = None
     conversations: list[Turn]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from neuronlens.errors import DataError
 from neuronlens.samples.read import Turn, first_exchange
 from neuronlens.samples.sample import Picture, Sample
 
-_TURNS = TypeAdapter(list[Turn])
-
 _FIELDS = (
     "A row needs `image` (or `images`) and `prompt`, and may have `response`, `id` and `domain`; "
     "or `image` and LLaVA's `conversations`. Rename its columns, or make each row a Sample."
 )
+
+
+@cache
+def _turns() -> TypeAdapter[list[Turn]]:
+    return TypeAdapter(list[Turn])
 
 
 def as_sample(item: Any, position: int) -> Sample:
@@ -58,7 +62,7 @@ def as_sample(item: Any, position: int) -> Sample:
 def _texts(item: Mapping[str, Any], position: int) -> tuple[str, str | None]:
     if "conversations" in item:
         try:
-            exchange = first_exchange(_TURNS.validate_python(item["conversations"]))
+            exchange = first_exchange(_turns().validate_python(item["conversations"]))
         except ValidationError:
             exchange = None
         if exchange is None:

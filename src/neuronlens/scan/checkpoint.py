@@ -43,7 +43,7 @@ _PROGRESS = "progress.json"
 _WRITING = "writing"
 
 
-class Progress(BaseModel):
+class Progress(BaseModel, defer_build=True):
     """What a checkpoint holds beside the statistics.
 
     Attributes:

@@ -62,7 +62,7 @@ class ModalityScore(BaseModel):
             either; None if nobody said which are active, or if there are none of either.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, allow_inf_nan=False)
 
     r: float | None
     undefined: Undefined | None

@@ -29,7 +29,7 @@ class Score(BaseModel):
             the interval leaves them out.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, allow_inf_nan=False)
 
     visual: ModalityScore | None = None
     text: ModalityScore | None = None

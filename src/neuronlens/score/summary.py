@@ -37,7 +37,7 @@ class Summary(BaseModel):
             chance alone it would be at most 1 / (draws + 1).
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, allow_inf_nan=False)
 
     mean: float | None
     neurons: int
@@ -62,7 +62,7 @@ class Difference(BaseModel):
         neurons: How many have a score in both.
     """
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, allow_inf_nan=False)
 
     mean: float | None
     interval: Interval | None

@@ -47,7 +47,7 @@ def _number(key: object) -> object:
 class TokenLevels(BaseModel):
     """Predicted activations of the tokens on which a neuron fires; all others are 0."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(defer_build=True, extra="forbid")
 
     activations: dict[
         Annotated[int, BeforeValidator(_number)], Annotated[int, Field(strict=True, ge=0, le=10)]

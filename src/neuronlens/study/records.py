@@ -15,7 +15,7 @@ from neuronlens.score import Score
 from neuronlens.show import Html, table
 
 
-class TokenRecord(BaseModel):
+class TokenRecord(BaseModel, defer_build=True):
     """A neuron on one of its exemplars: true and simulated activations, token by token.
 
     Attributes:
@@ -34,7 +34,7 @@ class TokenRecord(BaseModel):
     simulated: list[float | None]
 
 
-class Candidate(BaseModel):
+class Candidate(BaseModel, defer_build=True):
     """One of several explanations of a neuron.
 
     Attributes:
@@ -47,7 +47,7 @@ class Candidate(BaseModel):
     score: float | None
 
 
-class Said(BaseModel):
+class Said(BaseModel, defer_build=True):
     """What was said of one neuron: an explanation, or why there is none."""
 
     neuron: str
@@ -58,14 +58,14 @@ class Said(BaseModel):
     candidates: list[Candidate] = []
 
 
-class Traces(BaseModel):
+class Traces(BaseModel, defer_build=True):
     """A neuron's activations on its exemplars."""
 
     neuron: str
     exemplars: list[TokenRecord]
 
 
-class NeuronRecord(BaseModel):
+class NeuronRecord(BaseModel, defer_build=True):
     """Everything a study found out about one neuron.
 
     Attributes:
@@ -135,7 +135,7 @@ class NeuronRecord(BaseModel):
         return table(["neuron", self.neuron], shown)
 
 
-class SampleTokens(BaseModel):
+class SampleTokens(BaseModel, defer_build=True):
     """The tokens of a sample on one stream, as the records' activations count them.
 
     Attributes:
@@ -157,7 +157,7 @@ class SampleTokens(BaseModel):
     pieces: list[str] | None
 
 
-class StudyManifest(BaseModel):
+class StudyManifest(BaseModel, defer_build=True):
     """What a study was made of and with.
 
     Attributes:

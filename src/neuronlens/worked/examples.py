@@ -87,7 +87,7 @@ def _packaged() -> dict[Kind, tuple[WorkedExample, ...]]:
 
 
 class _Stored(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(defer_build=True, extra="forbid", strict=True)
 
 
 class _StoredExemplar(_Stored):

@@ -13,7 +13,7 @@ from neuronlens.questions.question import Question
 from neuronlens.samples.read import first_fault
 
 
-class QuestionRow(BaseModel):
+class QuestionRow(BaseModel, defer_build=True):
     """A question as a line of JSON; paths are relative to the file's folder.
 
     Other fields are ignored.
