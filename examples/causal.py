@@ -86,9 +86,9 @@ def writers(vlm: nl.ModelAdapter, scenes: list[nl.Sample]) -> dict[str, Ranking]
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("causal"))
-    parser.add_argument("--scenes", type=int, default=80, help="to rank on, and to measure on")
+    parser.add_argument("--scenes", type=int, default=60, help="to rank on, and to measure on")
     parser.add_argument("--k", type=int, nargs="+", default=[30, 100])
-    parser.add_argument("--seeds", type=int, default=2, help="of the random neurons")
+    parser.add_argument("--seeds", type=int, default=1, help="of the random neurons")
     return parser.parse_args()
 
 

@@ -241,7 +241,7 @@ def test_a_generate_that_returns_no_prompt_is_read_as_well(vlm, asked, monkeypat
         out: Tensor = plain(**inputs)
         return out[:, inputs["input_ids"].shape[1] :]
 
-    monkeypatch.setattr(vlm.model, "generate", only_new)
+    monkeypatch.setitem(vars(vlm.model), "generate", only_new)
     found = evaluate(vlm, asked[:3], Length(), prompt="chat", generation=SHORT)
     assert texts(found) == expected
 
@@ -263,7 +263,7 @@ def test_beams_that_see_something_else_are_refused(vlm, asked, monkeypatch):
 
     how = {**SHORT, "num_beams": 2}
     for generate, text in ((mixed_up, "something else than the prompt"), (broken, "cannot follow")):
-        monkeypatch.setattr(vlm.model, "generate", generate)
+        monkeypatch.setitem(vars(vlm.model), "generate", generate)
         with pytest.raises(AdapterError, match=f"{text}.*Use one beam"):
             evaluate(vlm, asked[:2], Length(), prompt="chat", generation=how)
         found = evaluate(vlm, asked[:2], Length(), prompt="chat", generation=SHORT)
@@ -382,7 +382,7 @@ def test_the_last_row_of_a_batch_is_compared_with_the_row_alone_too(
         out: Tensor = plain(**inputs)
         return out
 
-    monkeypatch.setattr(vlm.model, "generate", mix_up)
+    monkeypatch.setitem(vars(vlm.model), "generate", mix_up)
     for some in (several[:2], several[1:]):  # without padding, and with it in the first row
         caplog.clear()
         found = evaluate(vlm, some, Length(), prompt="chat", generation=SHORT)

@@ -315,6 +315,36 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
+@contextmanager
+def closing_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    """A hook of ours that is gone behind the block: the model is other tests' too."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_generate_of_the_users_own_is_followed_and_is_there_again(vlm, scenes, monkeypatch):
+    batch = nl.encode(vlm, scenes[:1])
+    neurons = [nl.NeuronId("language.3", index) for index in range(384)]
+    off = nl.deactivate(vlm, neurons, roles="response")
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "output_scores": True}
+    how |= {"return_dict_in_generate": True}
+    with off:
+        expected = torch.stack(vlm.model.generate(**batch.inputs, **how).scores)
+    plain = vlm.model.generate
+
+    def own(**inputs: Any) -> Any:
+        return plain(**inputs)
+
+    monkeypatch.setitem(vars(vlm.model), "generate", own)
+    with off:
+        found = torch.stack(vlm.model.generate(**batch.inputs, **how).scores)
+    assert torch.equal(found, expected)
+    assert vars(vlm.model)["generate"] is own
+
+
 def test_everything_is_as_before_when_the_block_ends_however_it_ends(vlm, scenes):
     model = vlm.model
     inputs = nl.encode(vlm, scenes[:2]).inputs
@@ -333,12 +363,11 @@ def test_everything_is_as_before_when_the_block_ends_however_it_ends(vlm, scenes
         nl.by_sample(vlm, [None, nl.amplify(vlm, SOME, 2, positions=[3])]),
     ]
     for each in every:
-        broken = last.register_forward_hook(halt)
-        with pytest.raises(ArithmeticError), each, torch.no_grad():
-            model(**inputs)
-        with pytest.raises(ArithmeticError), each, each:
-            model.generate(**inputs, max_new_tokens=2)
-        broken.remove()
+        with closing_hook(last, halt):
+            with pytest.raises(ArithmeticError), each, torch.no_grad():
+                model(**inputs)
+            with pytest.raises(ArithmeticError), each, each:
+                model.generate(**inputs, max_new_tokens=2)
         with each, torch.no_grad():
             assert vlm.changed == set(SOME)
             changed = model(**inputs).logits
@@ -366,6 +395,18 @@ def test_a_hook_of_ones_own_keeps_the_tensor_it_was_shown(vlm, scenes):
         vlm.model(**inputs)
         with nl.set_to(vlm, SOME, 5.0):
             vlm.model(**inputs)
+    handle.remove()
+    torch.testing.assert_close(kept[1], kept[0])
+
+
+@torch.no_grad()
+def test_what_a_projection_is_given_is_changed_for_it_alone(runs):
+    run = runs.setdefault("projection", Run(*MECHANISMS["projection"]))
+    down = run.model.get_submodule(run.vlm.tap(run.site).path)
+    kept: list[Tensor] = []
+    handle = down.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    run.logits()
+    assert not torch.equal(run.within(nl.set_to(run.vlm, run.neurons, 5.0)), run.plain)
     handle.remove()
     torch.testing.assert_close(kept[1], kept[0])
 

@@ -302,6 +302,33 @@ def test_tiles_and_window_order_belong_to_their_sample(name):
 
 
 @torch.no_grad()
+def test_a_forward_that_broke_off_between_tiles_is_forgotten():
+    entry = ZOO["unlimited_ocr"]
+    model = entry.model()
+    vlm, inputs = nl.adapt(model), entry.inputs(model, entry.images())
+    site = vlm.site("vision.0")
+    calls: list[int] = []
+
+    def halt(*_call: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ArithmeticError
+
+    first = nl.by_sample(
+        vlm, [nl.deactivate(vlm, [site.neuron(i) for i in range(site.width)]), None]
+    )
+    with first:
+        wanted = model(**inputs).logits
+    handle = model.get_submodule(site.path).register_forward_pre_hook(halt)
+    with first:
+        with pytest.raises(ArithmeticError):
+            model(**inputs)
+        handle.remove()
+        found = model(**inputs).logits
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+@torch.no_grad()
 def test_in_window_order_a_position_is_the_token_that_runs_there():
     entry = ZOO["qwen2_5_vl"]
     model = entry.model()

@@ -201,8 +201,14 @@ def loudest(run: Run, expected: Mapping[str, Tensor]) -> Iterator[tuple[Expected
         yield site, nl.NeuronId(name, at % site.width, expert)
 
 
-def assert_deactivates(run: Run, like: Run, expected: Mapping[str, Tensor], **close: Any) -> None:
-    """As the test's own ablation in `like`; nothing is left of it afterwards."""
+def assert_deactivates(
+    run: Run, like: Run, expected: Mapping[str, Tensor], rerouted: int = 0, **close: Any
+) -> None:
+    """As the test's own ablation in `like`; nothing is left of it afterwards.
+
+    At `rerouted` tokens it may be something else: where a later router is nearly undecided, the
+    last bit of a 16-bit number sends a token to another expert.
+    """
     plain = run.logits()
     tried = 0
     for site, neuron in loudest(like, expected):
@@ -213,6 +219,10 @@ def assert_deactivates(run: Run, like: Run, expected: Mapping[str, Tensor], **cl
         assert torch.equal(run.logits(), plain), neuron
         assert not torch.equal(without, plain), neuron
         within = {"rtol": 1e-3, "atol": 2e-4} if isinstance(site, Routed) else EXACT
+        if rerouted and isinstance(site, Routed):
+            near = torch.isclose(without, wanted, **(within | close)).all(-1)
+            assert (~near).sum() <= rerouted, neuron
+            without, wanted = without[near], wanted[near]
         torch.testing.assert_close(
             without, wanted, **(within | close), msg=lambda text, n=neuron: f"{n}: {text}"
         )
@@ -698,7 +708,7 @@ def test_activations_are_the_models_own_under_autocast(name: str) -> None:
             assert torch.equal(run.logits(), plain)
         assert recorder.activations["vision.0"].dtype == torch.bfloat16
         assert_same(recorder.activations, expected)
-        assert_deactivates(run, run, expected, **({} if name in DENSE else HALF))
+        assert_deactivates(run, run, expected, **({} if name in DENSE else HALF | {"rerouted": 1}))
 
 
 # Batches.

@@ -201,7 +201,9 @@ def generating(model: nn.Module, before: CallHook, after: Callable[[], None]) ->
 class _Listeners:
     """Who listens to the calls of one method: what to do before, and after."""
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, method: Callable[..., Any], own: object = None) -> None:
+        self.own = own
+        """What the instance had under the name, if it was not its class's."""
         self.all: list[tuple[CallHook, Callable[[], None]]] = []
         self.depth = 0
         self._method = method
@@ -237,15 +239,15 @@ def _listening(
     """Listen to a method that is no module.
 
     The instance is given a method of that name, and loses it when nobody listens any more. One
-    that has a method of its own already is left alone.
+    that had a method of its own already has that one again.
     """
     key = id(owner), name
     if key not in _listened:
         method = getattr(owner, name, None)
-        if method is None or name in vars(owner):
+        if method is None:
             yield
             return
-        listeners = _listened[key] = _Listeners(method)
+        listeners = _listened[key] = _Listeners(method, vars(owner).get(name))
 
         @functools.wraps(method)
         def listen(*args: Any, **kwargs: Any) -> Any:
@@ -259,8 +261,11 @@ def _listening(
     finally:
         _listened[key].all.remove(mine)
         if not _listened[key].all:
-            del _listened[key]
-            vars(owner).pop(name, None)
+            own = _listened.pop(key).own
+            if own is None:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = own
 
 
 @contextmanager
