@@ -61,6 +61,8 @@ def tests(session: nox.Session) -> None:
 # What these test does not depend on the release of transformers.
 INDEPENDENT = [
     *("annotations", "architecture", "chat", "kernel", "replies", "score", "study_runs", "worked"),
+    *("concepts", "domains", "domains_chance", "figures", "metrics", "metrics_judges", "questions"),
+    "testbed_domains",
 ]
 
 
