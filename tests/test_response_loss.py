@@ -221,3 +221,11 @@ def test_bad_input_is_refused(vlm, untrained_vlm, scenes, loss, strong):
         loss.mean("none", group="pink")
     with pytest.raises(DataError, match="give group="):
         loss.compare("some", versus="others")
+
+
+def test_samples_of_one_group_are_drawn_together(vlm, scenes):
+    film = [replace(each, group=f"film {number % 3}") for number, each in enumerate(scenes[:9])]
+    assert set(nl.response_loss(vlm, film, resamples=0).units) == {0, 1, 2}
+    moved = {"some": nl.deactivate(vlm, "language.2/18")}
+    deviation = nl.hidden_state_deviation(vlm, film, moved, resamples=0)
+    assert deviation.units == (0, 1, 2) * 3

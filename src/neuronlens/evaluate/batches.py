@@ -204,3 +204,9 @@ def units_of(images: Sequence[Sequence[Picture]]) -> tuple[list[str], list[int]]
     names = ["+".join(digest(image) for image in each) for each in images]
     numbers: dict[str, int] = {}
     return names, [numbers.setdefault(name, len(numbers)) for name in names]
+
+
+def sample_units(samples: Sequence[Sample]) -> list[int]:
+    """The number of each sample's unit: samples of one group, or of the same images, share one."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(each.unit(), len(numbers)) for each in samples]

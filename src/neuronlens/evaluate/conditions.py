@@ -87,9 +87,7 @@ def conditions_of(
             )
         found.append(Condition(name, members))
     if not found:
-        raise InterventionError(
-            "There is nothing to run: give an intervention, or let baseline be True."
-        )
+        raise InterventionError("There is nothing to run: give at least one intervention.")
     return found
 
 

@@ -22,7 +22,7 @@ from neuronlens.errors import (
     SkippedError,
     UnknownNameError,
 )
-from neuronlens.evaluate.batches import Encoder, parts, require_own_ids, units_of
+from neuronlens.evaluate.batches import Encoder, parts, require_own_ids, sample_units
 from neuronlens.evaluate.conditions import Interventions, applied, conditions_of
 from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
 from neuronlens.evaluate.folder import put, writing
@@ -310,7 +310,7 @@ def hidden_state_deviation(
     warn_of_not_finite(shares, [given[at].id for at in there], "deviations")
     return Deviation(
         samples=tuple(given[at] for at in there),
-        units=tuple(units_of([given[at].images for at in there])[1]),
+        units=tuple(sample_units([given[at] for at in there])),
         skipped=tuple(encoder.skipped),
         shares=shares,
         tokens=tokens,

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from neuronlens.adapters import ModelAdapter
 from neuronlens.atlas import Skipped
 from neuronlens.errors import DataError, MissingExtraError, SkippedError, UnknownNameError
-from neuronlens.evaluate.batches import Encoded, Encoder, parts, require_own_ids, units_of
+from neuronlens.evaluate.batches import Encoded, Encoder, parts, require_own_ids, sample_units
 from neuronlens.evaluate.conditions import NONE, Interventions, applied, conditions_of
 from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
 from neuronlens.evaluate.groups import Group, Groups
@@ -302,10 +302,9 @@ def response_loss(
             for each in conditions
         }
 
-    images, _ = units_of([each.images for each in given])
-    # Dense over those that were used: a draw of what is not there would be lost.
-    known: dict[str, int] = {}
-    units = [known.setdefault(images[position], len(known)) for position in positions]
+    used = sorted(set(positions))  # a draw of what is not there would be lost
+    unit_of = dict(zip(used, sample_units([given[at] for at in used]), strict=True))
+    units = [unit_of[position] for position in positions]
     warn_of_not_finite(values(0), [each.sample for each in tokens], "losses")
     return ResponseLoss(
         tuple(tokens),
