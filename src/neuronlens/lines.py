@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from neuronlens.errors import DataError
+from neuronlens.errors import DataError, OutputError
 
 Model = TypeVar("Model", bound=BaseModel)
 Key = TypeVar("Key", bound=Hashable)
@@ -122,3 +123,21 @@ def cut_torn_line(path: Path) -> None:
             at = start
         if at < end:
             file.truncate(at)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Give what cannot be written the name of the folder or file.
+
+    Raises:
+        OutputError: If something in the block cannot be written.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{out} cannot be written: {error.strerror}. What was written before is kept: call "
+            "again to go on from it, or choose another place."
+        ) from error

@@ -25,7 +25,7 @@ from neuronlens.errors import (
 from neuronlens.evaluate.batches import Encoder, parts, require_own_ids, sample_units
 from neuronlens.evaluate.conditions import Interventions, applied, conditions_of
 from neuronlens.evaluate.finite import not_finite, note_of, warn_of_not_finite
-from neuronlens.evaluate.folder import put, writing
+from neuronlens.evaluate.folder import put
 from neuronlens.evaluate.groups import By, Group, Groups
 from neuronlens.evaluate.resampling import RESAMPLES, Estimated, Measured
 from neuronlens.evaluate.states import (
@@ -35,6 +35,7 @@ from neuronlens.evaluate.states import (
     last_states,
     share_moved,
 )
+from neuronlens.lines import writing
 from neuronlens.samples import Sample
 from neuronlens.show import Html, escaped, table
 

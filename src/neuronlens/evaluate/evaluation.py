@@ -24,11 +24,11 @@ from neuronlens.evaluate.folder import (
     Record,
     ScoreRecord,
     put,
-    writing,
 )
 from neuronlens.evaluate.groups import By, Group, Groups
 from neuronlens.evaluate.numbers import measure, require_measurable, score_key
 from neuronlens.evaluate.resampling import Estimated, Measured
+from neuronlens.lines import writing
 from neuronlens.metrics import Metric
 from neuronlens.questions import Question
 from neuronlens.show import Html, escaped, table

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from neuronlens.atlas import Skipped, locked, require_free
 from neuronlens.errors import DataError, OutputError
-from neuronlens.lines import cut_torn_line, read_lines
+from neuronlens.lines import cut_torn_line, read_lines, writing
 
 FORMAT: Final = 1
 """Version of the folder's layout; a reader refuses any other."""
@@ -299,24 +299,6 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is an evaluation of format {found.format}; this version reads {FORMAT}."
         )
     return found
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Give what cannot be written the folder's name.
-
-    Raises:
-        OutputError: If something in the block cannot be written.
-    """
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}. An evaluation goes on from what was "
-            "written before when it is called again; or choose another folder."
-        ) from error
 
 
 def put(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from neuronlens.atlas import locked, require_free
 from neuronlens.errors import DataError, OutputError
-from neuronlens.lines import LineFile, cut_torn_line, read_lines
+from neuronlens.lines import LineFile, cut_torn_line, read_lines, writing
 from neuronlens.neurons import NeuronId
 from neuronlens.study.records import (
     NeuronRecord,
@@ -206,24 +206,6 @@ def _begin(out: Path, manifest: StudyManifest) -> None:
         # First of all files, and whole or not there.
         (out / _WORKING).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         (out / _WORKING).replace(out / MANIFEST)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Give what cannot be written the folder's name.
-
-    Raises:
-        OutputError: If something in the block cannot be written.
-    """
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"{out} cannot be written: {error.strerror}. A study goes on from what was written "
-            "before when it is called again; or choose another folder."
-        ) from error
 
 
 def _require_same(out: Path, manifest: StudyManifest, asked: StudyManifest) -> None:

@@ -13,7 +13,7 @@ from neuronlens.atlas import new_folder
 from neuronlens.chat import Exchange, ReplyStore
 from neuronlens.classify import CATEGORIES, Category
 from neuronlens.errors import DataError, MissingExtraError, UnknownNameError
-from neuronlens.lines import read_lines, write_lines
+from neuronlens.lines import read_lines, write_lines, writing
 from neuronlens.neurons import NeuronId
 from neuronlens.score import Difference, Score, Summary, difference, summarise
 from neuronlens.show import Html, table
@@ -29,7 +29,6 @@ from neuronlens.study.journal import (
     SampleFile,
     TraceFile,
     read_manifest,
-    writing,
 )
 from neuronlens.study.records import (
     NeuronRecord,
